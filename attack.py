@@ -1,0 +1,89 @@
+"""Attacks a checkpoint as in Section 6.2.2: does a little retraining bring the unlearned facts back?
+
+    python attack.py --model runs/ssiuu-tiny
+
+Dimensions: B sequences, K tokens.
+"""
+import json
+import random
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from data import Example, batches, collate, encode
+from evaluate import answered, check_device, expect, margin, read_flags, run, score, splits_of, wilson
+from model import LM, Tokenizer, answer_logprob, load
+
+
+def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator: torch.Generator) -> Iterator[float]:
+    """Fine-tunes every weight on encoded (x, y) pairs, loss -mean log P(y|x), AdamW; yields each epoch's loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    order = batches(len(rows), size, generator)
+    for _ in range(epochs):
+        losses = []
+        for _ in range(-(-len(rows) // size)):
+            batch = collate([rows[i] for i in next(order)]).to(model.lm_head.weight.device)
+            loss = -answer_logprob(model, batch).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        yield statistics.mean(losses)
+
+
+def harmful_attack(model: LM, tokenizer: Tokenizer, C_f: list[Example], p: float, lrs: tuple = (1e-5, 5e-6, 1e-6),
+                   seeds: int = 3, epochs: int = 10, size: int = 4, seed: int = 0, eval_size: int = 64,
+                   known: tuple | list = ()) -> Iterator[dict]:
+    """The harmful attack: retrain on a fraction p of the forget set, score FS on the disjoint rest (Section 6.2.2).
+
+    The pool holds falsely answered items only, as in the paper: chance hits are in neither part. Each of `seeds`
+    draws is retrained with each learning rate from the same weights, which are restored at the end. Yields a cell
+    per draw and rate: {p, seed, lr, n, retrained, FS, logp, margin}, the last three a list over epochs, before
+    the attack first. `known` cells are yielded as they are. ValueError where pool or rest is empty.
+    """
+    hits = answered(model, tokenizer, C_f, seed, eval_size)
+    pool = [e for e, hit in zip(C_f, hits) if not hit]
+    k = max(1, round(p * len(pool)))
+    if k >= len(pool):
+        raise ValueError(f"harmful attack at p = {p:g}: {len(pool)} of {len(C_f)} forget items are answered falsely; "
+                         "expected enough to retrain on some and to score the rest")
+    start = [w.detach().clone() for w in model.parameters()]
+    for draw in range(seeds):
+        chosen = set(random.Random(f"{seed} {draw} {p:g}").sample(range(len(pool)), k))
+        rows = [encode(tokenizer, pool[i].question, pool[i].answers[0]) for i in sorted(chosen)]
+        rest = [e for i, e in enumerate(pool) if i not in chosen]
+        for lr in lrs:
+            cell = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "n": len(rest), "retrained": k}
+            found = [c for c in known if cell.items() <= c.items()]
+            if not found:
+                curve = [(0.0, *margin(model, tokenizer, rest))]
+                generator = torch.Generator().manual_seed(seed + draw)
+                for _ in retrain(model, rows, lr, epochs, size, generator):
+                    FS = score(answered(model, tokenizer, rest, seed, eval_size))["percent"]
+                    curve.append((FS, *margin(model, tokenizer, rest)))
+                with torch.no_grad():
+                    for w, w_start in zip(model.parameters(), start):
+                        w.copy_(w_start)
+                found = [cell | dict(zip(("FS", "logp", "margin"), map(list, zip(*curve))))]
+            yield found[0]
+
+
+def summary(cells: list[dict]) -> dict:
+    """One table cell: per draw the maximum over epochs and learning rates, then mean and spread over the draws.
+
+    The interval is Wilson's at the mean with n of one draw: the draws share items, so n does not add up.
+    """
+    best = [max((c for c in cells if c["seed"] == draw), key=lambda c: max(c["FS"]))
+            for draw in sorted({c["seed"] for c in cells})]
+    maxima, n = [max(c["FS"]) for c in best], best[0]["n"]
+    mean = statistics.mean(maxima)
+    low, high = wilson(mean, n)
+    return {"percent": round(mean, 2), "sd": round(statistics.pstdev(maxima), 2), "n": n, "low": low, "high": high,
+            "draws": len(maxima), "retrained": best[0]["retrained"], "lr_of_max": [c["lr"] for c in best],
+            "logp_before": statistics.mean(c["logp"][0] for c in best),
+            "logp_max": statistics.mean(max(x for c in cells if c["seed"] == b["seed"] for x in c["logp"]) for b in best),
+            "margin_before": statistics.mean(c["margin"][0] for c in best),
+            "margin_max": statistics.mean(max(x for c in cells if c["seed"] == b["seed"] for x in c["margin"])
+                                          for b in best)}
