@@ -18,13 +18,18 @@ from model import LM, Tokenizer, answer_logprob, load
 
 
 def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator: torch.Generator) -> Iterator[float]:
-    """Fine-tunes every weight on encoded (x, y) pairs, loss -mean log P(y|x), AdamW; yields each epoch's loss."""
+    """Fine-tunes every weight on encoded (x, y) pairs, loss -mean log P(y|x), AdamW; yields each epoch's loss.
+
+    A batch holds rows of like length, which wastes little on padding; the batches' order is new each epoch.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    order = batches(len(rows), size, generator)
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    parts = [collate(rows[i:i + size]).to(model.lm_head.weight.device) for i in range(0, len(rows), size)]
+    order = batches(len(parts), 1, generator)
     for _ in range(epochs):
         losses = []
-        for _ in range(-(-len(rows) // size)):
-            batch = collate([rows[i] for i in next(order)]).to(model.lm_head.weight.device)
+        for _ in parts:
+            batch = parts[next(order)[0]]
             loss = -answer_logprob(model, batch).mean()
             loss.backward()
             optimizer.step()
@@ -87,3 +92,39 @@ def summary(cells: list[dict]) -> dict:
             "margin_before": statistics.mean(c["margin"][0] for c in best),
             "margin_max": statistics.mean(max(x for c in cells if c["seed"] == b["seed"] for x in c["margin"])
                                           for b in best)}
+
+
+@dataclass
+class Settings:
+    model: str = "runs/ssiuu-tiny"          # checkpoint directory or hub id
+    forget: str = "data/faithun.json"       # FaithUn file
+    splits: str = ""                        # folder of its split files; empty: faithun_splits beside it
+    p: tuple = (0.1, 0.3)                   # fractions of the forget set to retrain on (6.2.2)
+    attack_lrs: tuple = (1e-5, 5e-6, 1e-6)  # learning rates (6.2.2)
+    attack_epochs: int = 10                 # unpublished
+    attack_batch: int = 4                   # unpublished
+    attack_seeds: int = 3                   # draws (6.2.2: three runs)
+    seed: int = 0                           # of the draws, the batches and the options' order
+    device: str = "cpu"                     # cpu, cuda, cuda:1, ...
+
+
+def main() -> None:
+    s = read_flags(Settings, __doc__)
+    check_device(s.device)
+    expect(p=(s.p, all(0 < p < 1 for p in s.p), "fractions between 0 and 1"),
+           attack_lrs=(s.attack_lrs, all(0 < lr < 1 for lr in s.attack_lrs), "numbers between 0 and 1"),
+           attack_epochs=(s.attack_epochs, s.attack_epochs > 0, "at least 1"),
+           attack_seeds=(s.attack_seeds, s.attack_seeds > 0, "at least 1"))
+    C_f, _, _ = splits_of(s.forget, s.splits)
+    model, tokenizer = load(s.model, device=s.device)
+    for p in s.p:
+        cells = []
+        for c in harmful_attack(model, tokenizer, C_f, p, s.attack_lrs, s.attack_seeds, s.attack_epochs,
+                                s.attack_batch, s.seed):
+            print(json.dumps(c), flush=True)
+            cells.append(c)
+        print(json.dumps({"kind": "summary", "p": p, **summary(cells)}), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

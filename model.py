@@ -94,7 +94,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, K, self.G, self.d)
         if cache is not None:
             rows, positions, keys, values = cache
-            keys[rows, positions], values[rows, positions] = k, v
+            keys[rows, positions], values[rows, positions] = k.to(keys.dtype), v.to(values.dtype)
             k, v = keys, values
         # The H/G query heads that share a key head are stacked along the token axis: nothing is repeated.
         q = q.view(B, K, self.G, -1, self.d).permute(0, 2, 3, 1, 4).reshape(B, self.G, -1, self.d)
@@ -234,6 +234,13 @@ class Tokenizer:
         if (path / "chat_template.jinja").is_file():
             template = (path / "chat_template.jinja").read_text()
         self.template = template
+        env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                           extensions=["jinja2.ext.loopcontrols"])
+        env.globals["raise_exception"] = refuse_template
+        try:
+            self.compiled = env.from_string(template or "")
+        except jinja2.TemplateError as e:
+            raise ValueError(f"{path}: the chat template cannot be read ({e})") from None
         stop = read_json(path / "generation_config.json", default={}).get("eos_token_id")
         stop = read_json(path / "config.json").get("eos_token_id") if stop is None else stop
         end = self.tokens.token_to_id(self.special.get("eos_token", ""))
@@ -254,14 +261,11 @@ class Tokenizer:
         """x: the question as one user turn of the chat template, or in the plain form where there is none."""
         if self.template is None:
             return self.tokens.encode(f"Question: {question}\nAnswer:").ids  # with the tokenizer's own start token
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                           extensions=["jinja2.ext.loopcontrols"])
-        env.globals["raise_exception"] = refuse_template
         try:  # strftime_now stays undefined: templates then use their own fixed date, and runs repeat
-            text = env.from_string(self.template).render(
+            text = self.compiled.render(
                 messages=[{"role": "user", "content": question}], add_generation_prompt=True,
                 enable_thinking=False, **self.special)
-        except jinja2.TemplateError as e:
+        except Exception as e:  # a template is someone's program: it can raise anything
             raise ValueError(f"{self.path}: the chat template cannot be rendered ({e})") from None
         return self.encode(text)
 
@@ -292,6 +296,8 @@ def read_json(path: Path, default=None):
 def read_config(path: Path) -> Config:
     """Reads `path`/config.json. ValueError for anything this decoder would get wrong."""
     file, raw = path / "config.json", read_json(path / "config.json")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: found a {type(raw).__name__}, expected an object")
     rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
     rope = {**rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default",
             "rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0}
@@ -318,7 +324,7 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"{file}: no number for {', '.join(missing)}")
     heads, bias = raw["num_attention_heads"], bool(raw.get("attention_bias", False))
     return Config(**{k: raw[k] for k in sizes}, num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                  head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                  head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads),
                   rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
                   tie_word_embeddings=raw.get("tie_word_embeddings", False), rope=rope,
                   qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
@@ -327,9 +333,13 @@ def read_config(path: Path) -> Config:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
-    index = read_json(path / "model.safetensors.index.json", default={"weight_map": {"": "model.safetensors"}})
-    tensors = {}
-    for name in sorted(set(index["weight_map"].values())):
+    names, tensors = ["model.safetensors"], {}
+    if not (path / names[0]).is_file() and (path / "model.safetensors.index.json").is_file():
+        index = read_json(path / "model.safetensors.index.json")
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{path / 'model.safetensors.index.json'}: no weight_map, expected tensor names and files")
+        names = sorted(set(index["weight_map"].values()))
+    for name in names:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path / name}: no such file; weights are read from safetensors only")
         try:
@@ -379,11 +389,12 @@ def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    files = {name: (tokenizer.path / name).read_bytes() for name in (
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-        if (tokenizer.path / name).is_file()}
+    names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "unlearn.json"]
+    files = {name: (tokenizer.path / name).read_bytes() for name in names if (tokenizer.path / name).is_file()}
     config = {k: v for k, v in model.config.raw.items() if k != "torch_dtype"} | {"dtype": dtype}
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    for name in set(names) - set(files):  # an older checkpoint's: it would change how this one is read
+        (path / name).unlink(missing_ok=True)
     for name, content in files.items():
         write(path / name, content)
     write_tensors(path / "model.safetensors", dict(model.named_parameters()))
@@ -399,4 +410,5 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Like write(), for a safetensors file; `metadata` holds strings."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(tensors, path.with_name(path.name + ".tmp"), metadata={"format": "pt", **(metadata or {})})
+    os.chmod(path.with_name(path.name + ".tmp"), 0o644)  # the library leaves 0600
     os.replace(path.with_name(path.name + ".tmp"), path)

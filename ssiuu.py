@@ -306,8 +306,7 @@ def teach(model: LM, tokenizer: Tokenizer, examples: list[Example], s: Settings)
     """Fine-tunes on each fact as a plain question and in Table 3's form, options in an order scoring does not use."""
     rng, start = random.Random(f"teach {s.seed}"), time.time()
     rows = [encode(tokenizer, q, e.answers[0]) for e in examples for q in (e.question, mcqa_prompt(e, rng))]
-    for i, loss in enumerate(retrain(model, rows, s.teach_lr, s.teach_epochs, 16,
-                                     torch.Generator().manual_seed(s.seed)), 1):
+    for i, loss in enumerate(retrain(model, rows, s.teach_lr, s.teach_epochs, 8, torch.Generator().manual_seed(s.seed)), 1):
         print(f"teach {i}/{s.teach_epochs}  loss {loss:.4f}  {time.time() - start:.0f}s  "
               f"eta {(time.time() - start) / i * (s.teach_epochs - i):.0f}s", flush=True)
 

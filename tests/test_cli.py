@@ -1,0 +1,109 @@
+"""The commands as a person runs them, in a subprocess; what they write, what a kill and bad input leave behind."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evaluate import run
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--test-limit", "8", "--attack-seeds", "1", "--attack-epochs", "1", "--attack-lrs", "1e-4", "--tau", "0.97"]
+
+
+def command(folder, script, *flags):
+    """Runs a command in `folder`, so that runs/ appears there."""
+    paths = ["--model", str(ROOT / "data/tiny"), "--forget", str(ROOT / "data/faithun.json")]
+    return subprocess.run([sys.executable, str(ROOT / script), *paths, *flags], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    out = command(folder, "ssiuu.py", *QUICK, "--lr", "5e-4", "--steps", "60")
+    assert out.returncode == 0, out.stderr
+    return folder, out.stdout
+
+
+def test_the_main_command_writes_the_papers_row(finished):
+    folder, printed = finished
+    run = folder / "runs/ssiuu-tiny"
+    result = json.loads((run / "result.json").read_text())
+    assert result["after"]["FS"]["percent"] <= 97 < result["before"]["FS"]["percent"] and result["after"]["reached"]
+    assert set(result["harmful"]) == {"0.1", "0.3"} and result["after"]["RS"]["n"] == 8
+    assert "| ssiuu | " in printed and "step 1/60  L " in printed
+    kinds = [json.loads(line)["kind"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert kinds[0] == "before" and kinds[1] == "step" and "after" in kinds
+    assert json.loads((run / "settings.json").read_text())["lr"] == 5e-4
+
+
+def test_the_checkpoint_can_be_scored_and_attacked_alone(finished):
+    folder, _ = finished
+    run = folder / "runs/ssiuu-tiny"
+    out = command(folder, "evaluate.py", "--model", str(run), "--test-limit", "8")
+    after = json.loads((run / "result.json").read_text())["after"]
+    assert json.loads(out.stdout)["FS"] == after["FS"] and json.loads(out.stdout)["RS"] == after["RS"]
+    out = command(folder, "attack.py", "--model", str(run), "--p", "0.3", "--attack-lrs", "1e-4", "--attack-seeds", "1",
+                  "--attack-epochs", "1")
+    wrong = round(after["FS"]["n"] * (1 - after["FS"]["percent"] / 100))
+    if wrong < 2:  # too few false answers: said in one line
+        assert out.returncode == 1 and "answered falsely" in out.stderr
+    else:
+        assert json.loads(out.stdout.splitlines()[-1])["n"] < wrong
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    flags = [*QUICK, "--attack-seeds", "0", "--tau", "0", "--save-every", "2", "--lr", "1e-4"]
+    whole = command(tmp_path, "ssiuu.py", *flags, "--steps", "4", "--name", "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert command(tmp_path, "ssiuu.py", *flags, "--steps", "2", "--name", "cut").returncode == 0
+    with open(tmp_path / "runs/cut/log.jsonl", "a") as log:
+        log.write('{"kind": "st')  # what a kill leaves
+    resumed = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/cut", "--steps", "4"],
+                             cwd=tmp_path, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (load_file(tmp_path / f"runs/{name}/model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("ssiuu.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
+    ("ssiuu.py", ["--model", "nowhere"], ["nowhere", "directory"]),
+    ("ssiuu.py", ["--method", "magic"], ["--method", "magic", "ssiuu"]),
+    ("ssiuu.py", ["--p", "1.5"], ["--p", "1.5"]),
+    ("ssiuu.py", ["--lr", "-1"], ["--lr"]),
+    ("ssiuu.py", ["--device", "cuda:9"], ["--device"]),
+    ("ssiuu.py", ["--resume", "nowhere"], ["--resume", "nowhere"]),
+    ("ssiuu.py", ["--tau", "1", "--test-limit", "4"], ["before unlearning"]),
+    ("ssiuu.py", ["--splits", "."], ["forget_set_split.txt"]),
+    ("ssiuu.py", ["--unknown", "1"], ["--unknown"]),
+    ("evaluate.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
+    ("attack.py", ["--p", "0"], ["--p"]),
+])
+def test_bad_input_ends_in_one_line_and_a_status(tmp_path, monkeypatch, capsys, script, flags, words):
+    """In this process, to save the start of an interpreter; the subprocess above shows that the status gets out."""
+    module = __import__(script.removesuffix(".py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, "--model", str(ROOT / "data/tiny"), "--forget",
+                                      str(ROOT / "data/faithun.json"), *flags])
+    with pytest.raises(SystemExit) as e:
+        run(module.main)
+    last = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code != 0 and "\n" not in last and all(word in last for word in words), last
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_loss_that_is_not_finite_is_said(tmp_path):
+    out = command(tmp_path, "ssiuu.py", "--test-limit", "4", "--lam", "1e39", "--steps", "9", "--tau", "0")
+    assert out.returncode == 1 and "not finite" in out.stderr and len(out.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("result.json"))
+
+
+@pytest.mark.parametrize("script", ["ssiuu.py", "evaluate.py", "attack.py"])
+def test_help_names_every_flag(tmp_path, script):
+    out = command(tmp_path, script, "--help")
+    assert out.returncode == 0 and "--forget" in out.stdout and "None" not in out.stdout
