@@ -63,7 +63,7 @@ def harmful_attack(model: LM, tokenizer: Tokenizer, C_f: list[Example], p: float
             cell = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "n": len(rest), "retrained": k}
             found = [c for c in known if cell.items() <= c.items()]
             if not found:
-                curve = [(0.0, *margin(model, tokenizer, rest))]
+                curve = [(0.0, *margin(model, tokenizer, rest))]  # the pool is what was answered falsely: FS is 0
                 generator = torch.Generator().manual_seed(seed + draw)
                 for _ in retrain(model, rows, lr, epochs, size, generator):
                     FS = score(answered(model, tokenizer, rest, seed, eval_size))["percent"]
@@ -80,18 +80,17 @@ def summary(cells: list[dict]) -> dict:
 
     The interval is Wilson's at the mean with n of one draw: the draws share items, so n does not add up.
     """
-    best = [max((c for c in cells if c["seed"] == draw), key=lambda c: max(c["FS"]))
-            for draw in sorted({c["seed"] for c in cells})]
+    draws = [[c for c in cells if c["seed"] == draw] for draw in sorted({c["seed"] for c in cells})]
+    best = [max(draw, key=lambda c: max(c["FS"])) for draw in draws]
     maxima, n = [max(c["FS"]) for c in best], best[0]["n"]
     mean = statistics.mean(maxima)
     low, high = wilson(mean, n)
+    recovery = {}
+    for key in ("logp", "margin"):
+        recovery[f"{key}_before"] = statistics.mean(draw[0][key][0] for draw in draws)
+        recovery[f"{key}_max"] = statistics.mean(max(max(c[key]) for c in draw) for draw in draws)
     return {"percent": round(mean, 2), "sd": round(statistics.pstdev(maxima), 2), "n": n, "low": low, "high": high,
-            "draws": len(maxima), "retrained": best[0]["retrained"], "lr_of_max": [c["lr"] for c in best],
-            "logp_before": statistics.mean(c["logp"][0] for c in best),
-            "logp_max": statistics.mean(max(x for c in cells if c["seed"] == b["seed"] for x in c["logp"]) for b in best),
-            "margin_before": statistics.mean(c["margin"][0] for c in best),
-            "margin_max": statistics.mean(max(x for c in cells if c["seed"] == b["seed"] for x in c["margin"])
-                                          for b in best)}
+            "draws": len(maxima), "retrained": best[0]["retrained"], "lr_of_max": [c["lr"] for c in best], **recovery}
 
 
 @dataclass

@@ -87,11 +87,12 @@ def ssiuu_grad(g: Tensors, A: Tensors, A_prev: Tensors, phi: Tensors, lam: float
 
 
 def ssiuu_backward(L: Tensor, g: Tensors, v: Tensors, phi: Tensors, first_order: bool = False) -> None:
-    """Adds dL/dphi + 2 lam (Delta g + H (Delta phi)), all of Eq. 14, to each .grad; v is from `penalty_vector`.
+    """Adds the gradient of J (Eq. 8) to each .grad: dL + 2 lam (Delta g + H (Delta phi)), all of Eq. 14.
 
-    L and P share one forward pass, so one backward pass from (L, g) weighted by (1, v) gives dL + H v (Eq. 9, 11).
-    The direct term 2 lam Delta g is v g / phi: where v is not 0, A = phi g < 0 and phi cannot be 0. Nothing the
-    size of phi is held beside g, v and .grad. `first_order` takes g as a constant: no H.
+    L is the backbone's loss, v comes from `penalty_vector`. L and P share one forward pass, so one backward pass
+    from (L, g) weighted by (1, v) gives dL + H v (Eq. 9, 11). The direct term 2 lam Delta g is v g / phi: where v is
+    not 0, A = phi g < 0 and phi cannot be 0. Nothing the size of phi is held beside g, v and .grad.
+    `first_order` takes g as a constant: no H.
     """
     roots, weights = ([L], [None]) if first_order else ([L, *g], [torch.ones_like(L), *v])
     torch.autograd.backward(roots, weights)
@@ -169,11 +170,7 @@ def total(lists: Iterable[Tensors]) -> Tensors:
 
 
 def forget_step(model: LM, phi: Tensors, b: dict[int, Row], state: State, s: Settings) -> dict:
-    """Alg. 1 l.4-12 for the forget batch b, {index in C_f: row}: adds its gradient to .grad, renews state.A_prev.
-
-    Micro-batches do not change the result: A is summed over them first, v is then frozen, and dL + H v is a sum
-    over them (Eq. 14). With --per-example each (x, y) has its own graph, A and Delta (Eq. 6).
-    """
+    """Alg. 1 l.4-12 for the forget batch b, {index in C_f: row}: adds its gradient to .grad, renews state.A_prev."""
     logps: dict[int, Tensor] = {}
 
     def graph(part: list[int]) -> tuple[Tensor, Tensors, Tensors]:
@@ -185,35 +182,43 @@ def forget_step(model: LM, phi: Tensors, b: dict[int, Row], state: State, s: Set
 
     size = 1 if s.per_example else s.micro_batch or len(b)
     parts = [list(b)[i:i + size] for i in range(0, len(b), size)]
-    if s.method != "ssiuu":
+    if s.method == "ssiuu":
+        stats = penalised_backward(graph, parts, phi, state.A_prev, s)
+    else:
+        stats = {}
         for part in parts:
             graph(part)[0].backward()
-        return {"logp": list(logps.values())}
+    return {"logp": list(logps.values()), **stats}
 
-    groups = {part[0]: [part] for part in parts} if s.per_example else {0: parts}
-    A, A_prev, held = {}, state.A_prev, None
+
+def penalised_backward(graph: Callable, parts: list[list[int]], phi: Tensors, A_prev: dict, s: Settings) -> dict:
+    """Alg. 1 l.5-13 over micro-batches, graph(part) -> (its share of L, g, A); replaces A_prev in place.
+
+    Micro-batches do not change the result: A is summed over them first, v is then frozen, and dL + H v is a sum
+    over them (Eq. 14). With --per-example each (x, y) is a part with its own A and Delta (Eq. 6).
+    """
+    groups, A, held = {part[0]: [part] for part in parts} if s.per_example else {0: parts}, {}, None
     for key, group in groups.items():
         for part in group:
             L, g, A_part = graph(part)
-            A[key] = total([[a.detach() for a in A_part], *([A[key]] if key in A else [])])
+            A[key] = total([[a.detach() for a in A_part], *([A[key]] if key in A else [])])        # l.5
             held = (L, g) if len(parts) == 1 else None                    # the only graph serves both passes
     I_neg, L_ssiuu = negative(total(A.values())), 0.0                                              # l.10
     for key, group in groups.items():
-        if key in A_prev:                                                                          # l.7
+        v = None                                                                                   # l.7, l.8
+        if key in A_prev:
             L_ssiuu += ssiuu_loss(A[key], A_prev[key], I_neg).item()                               # l.11
             v = penalty_vector(A[key], A_prev[key], I_neg, phi, s.lam)
             if s.anchor == "previous":
                 del A_prev[key]
-        else:
-            v = None                                                                               # l.8
         if held:
             A[key] = A_part = None          # phi g once more below: one buffer less at the peak of memory
         for part in group:
             L, g = held or graph(part)[:2]
             L.backward() if v is None else ssiuu_backward(L, g, v, phi, s.first_order)             # l.13
         A_prev.setdefault(key, A[key] or [p.detach() * g_p.detach() for p, g_p in zip(phi, g)])    # l.12
-    n = sum(p.numel() for p in phi)
-    return {"logp": list(logps.values()), "L_SSIUU": L_ssiuu, "I_neg": sum(i.sum().item() for i in I_neg) / n}
+    negatives, n = sum(i.sum().item() for i in I_neg), sum(p.numel() for p in phi)
+    return {"L_SSIUU": L_ssiuu, "I_neg": negatives / n}
 
 
 def retain_step(model: LM, b_r: list[Row], s: Settings) -> float:
@@ -247,8 +252,10 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         L_r = retain_step(model, b_r, s) if s.backbone != "ga" else 0.0
         logp = torch.stack(stats.pop("logp"))
         stats |= {"L": ga_loss(logp).item() + L_r, "L_r": L_r, "P": logp.exp().mean().item()}
-        if not all(math.isfinite(x) for x in stats.values()):
-            raise FloatingPointError(f"step {state.t}: loss is not finite ({stats}); expected a lower --lr or --lam")
+        # A model of NaN answers nothing and would pass for unlearned, so the gradient is checked, not the loss alone.
+        if not all(math.isfinite(x) for x in stats.values()) or not all(p.grad.isfinite().all() for p in phi):
+            raise FloatingPointError(f"step {state.t}: loss or gradient is not finite (L {stats['L']:.3g}), expected "
+                                     f"numbers: lower --lr {s.lr:g} or --lam {s.lam:g}")
         state.optimizer.step()                                                                     # l.14
         state.optimizer.zero_grad()
         FS = accuracy(model, tokenizer, C_f, s.seed, s.eval_batch)["percent"]
@@ -306,7 +313,8 @@ def teach(model: LM, tokenizer: Tokenizer, examples: list[Example], s: Settings)
     """Fine-tunes on each fact as a plain question and in Table 3's form, options in an order scoring does not use."""
     rng, start = random.Random(f"teach {s.seed}"), time.time()
     rows = [encode(tokenizer, q, e.answers[0]) for e in examples for q in (e.question, mcqa_prompt(e, rng))]
-    for i, loss in enumerate(retrain(model, rows, s.teach_lr, s.teach_epochs, 8, torch.Generator().manual_seed(s.seed)), 1):
+    losses = retrain(model, rows, s.teach_lr, s.teach_epochs, 8, torch.Generator().manual_seed(s.seed))
+    for i, loss in enumerate(losses, 1):
         print(f"teach {i}/{s.teach_epochs}  loss {loss:.4f}  {time.time() - start:.0f}s  "
               f"eta {(time.time() - start) / i * (s.teach_epochs - i):.0f}s", flush=True)
 
@@ -320,7 +328,8 @@ def scores(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_t: list[Exampl
 def cell(x: dict | None) -> str:
     if not x or x["percent"] is None:
         return "-"
-    return f"{x['percent']:.1f}" + (f"±{x['sd']:.1f}" if "sd" in x else "") + f" [{x['low']:.0f}, {x['high']:.0f}] n={x['n']}"
+    spread = f"±{x['sd']:.1f}" if "sd" in x else ""
+    return f"{x['percent']:.1f}{spread} [{x['low']:.0f}, {x['high']:.0f}] n={x['n']}"
 
 
 def table(result: dict) -> str:
@@ -461,7 +470,8 @@ def bench(s: Settings) -> None:
             torch.cuda.synchronize()
         seconds[i].append(time.time() - start)
         memory[i].append(peak())
-        print(f"{i:6} {seconds[i][-1]:7.2f} s  {2 * n * K / seconds[i][-1]:7.0f} tokens/s  {memory[i][-1]:6.2f} GB", flush=True)
+        print(f"{i:6} {seconds[i][-1]:7.2f} s  {2 * n * K / seconds[i][-1]:7.0f} tokens/s  {memory[i][-1]:6.2f} GB",
+              flush=True)
     ratios = sorted(b / a for a, b in zip(seconds["gd"][2:], seconds["ssiuu"][2:]))
     print(f"SSIUU / GD, B={n}, K={K}: time {ratios[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, n=5)  "
           f"memory {max(memory['ssiuu']) / max(memory['gd'][:2]):.2f}")

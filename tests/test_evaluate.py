@@ -99,6 +99,7 @@ def test_summary_takes_the_maximum_then_the_mean_over_draws():
         return {"seed": seed, "lr": lr, "n": 20, "retrained": 2, "FS": FS, "logp": [-3, -2], "margin": [-1, 0]}
     out = summary([cell(0, 1, [0, 10, 5]), cell(0, 2, [0, 20, 5]), cell(1, 1, [0, 40, 0]), cell(1, 2, [0, 5, 0])])
     assert out["percent"] == 30 and out["sd"] == 10 and out["lr_of_max"] == [2, 1] and out["n"] == 20
+    assert (out["logp_before"], out["logp_max"], out["margin_before"], out["margin_max"]) == (-3, -2, -1, 0)
     assert (out["low"], out["high"]) == wilson(30, 20)
 
 

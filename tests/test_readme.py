@@ -1,0 +1,52 @@
+"""The README's code, table and numbers are true."""
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+from model import load
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_paste_snippet_runs(monkeypatch):
+    """On our decoder behind the two Hugging Face names it uses, so that transformers need not be installed."""
+    model, tokenizer = load(ROOT / "data/tiny")
+    model.register_forward_hook(lambda module, args, logits: types.SimpleNamespace(logits=logits))
+    maker = types.SimpleNamespace(from_pretrained=lambda path, attn_implementation: model)
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoModelForCausalLM=maker))
+    ids = torch.tensor([tokenizer.prompt("Which country is Isaac Newton from?") + tokenizer.answer("England")])
+    answer = torch.zeros_like(ids, dtype=torch.bool)
+    answer[:, -len(tokenizer.answer("England")):] = True
+    space = {"path": "anywhere", "ids": ids, "answer": answer}
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], space)
+    assert all(torch.isfinite(e).all() for e in space["extra"]) and sum(e.abs().sum() for e in space["extra"]) > 0
+    assert space["logprob"](ids, answer).item() < -0.05  # it knew the answer at P = 0.98; ascent took some away
+
+
+def test_every_line_of_the_paper_to_code_table_is_right():
+    rows = re.findall(r"`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(rows) >= 12
+    for name, file, line in rows:
+        assert re.match(rf"\s*(def|class) {name}\b", (ROOT / file).read_text().splitlines()[int(line) - 1]), (name, line)
+
+
+def test_the_result_rows_are_the_committed_results():
+    from ssiuu import cell
+    results = list((ROOT / "data/results").glob("*/result.json"))
+    assert results
+    for file in results:
+        result = json.loads(file.read_text())
+        for x in (result["after"]["FS"], result["after"]["RS"], *result["harmful"].values()):
+            assert cell(x) in README, (file, cell(x))
+
+
+def test_sizes_that_were_promised():
+    assert len(README.splitlines()) < 200
+    modules = ["ssiuu.py", "model.py", "data.py", "evaluate.py", "attack.py"]
+    assert sum(len((ROOT / m).read_text().splitlines()) for m in modules) < 1700
+    assert sum(f.stat().st_size for f in (ROOT / "data/tiny").iterdir()) < 10_000_000
