@@ -495,7 +495,8 @@ def main() -> None:
            attack_epochs=(s.attack_epochs, s.attack_epochs > 0, "at least 1"),
            resume=(s.resume, not s.resume or Path(s.resume).is_dir(), "the folder of a run"))
     s.backbone = s.method if s.method != "ssiuu" else s.backbone
-    with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16"):
+    # No cache: it would keep the cast weights of the first step for as long as this block lasts.
+    with torch.autocast(torch.device(s.device).type, torch.bfloat16, s.dtype == "bfloat16", cache_enabled=False):
         bench(s) if s.bench else experiment(s)
 
 

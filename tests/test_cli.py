@@ -70,6 +70,18 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_bfloat16_follows_float32(tmp_path):
+    """Autocast's weight cache would freeze the forward pass at step 1: P would stay where it was."""
+    P = {}
+    for dtype in ("float32", "bfloat16"):
+        out = command(tmp_path, "ssiuu.py", *QUICK, "--attack-seeds", "0", "--steps", "3", "--lr", "1e-4", "--tau", "0",
+                      "--dtype", dtype, "--name", dtype)
+        assert out.returncode == 0, out.stderr
+        log = [json.loads(line) for line in (tmp_path / f"runs/{dtype}/log.jsonl").read_text().splitlines()]
+        P[dtype] = [r["P"] for r in log if r["kind"] == "step"]
+    assert P["bfloat16"] == pytest.approx(P["float32"], abs=4e-3) and P["float32"][0] - P["float32"][2] > 0.02
+
+
 @pytest.mark.parametrize("script, flags, words", [
     ("ssiuu.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
     ("ssiuu.py", ["--model", "nowhere"], ["nowhere", "directory"]),
