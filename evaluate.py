@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from data import Example, collate, encode, load_faithun, mcqa_prompt, split
 from model import LM, Tokenizer, answer_logprob, generate, load, read_json
@@ -109,6 +110,8 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
     given = parser.parse_args(argv)
     for file in (Path(given.model) / "unlearn.json", Path(getattr(given, "resume", "") or "-") / "settings.json"):
         values = read_json(file, default={})
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}: found a {type(values).__name__}, expected an object of flags")
         parser.set_defaults(**{k: v for k, v in values.items() if k in comments})
     values = vars(parser.parse_args(argv))
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -125,7 +128,7 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command: what is wrong with its input ends in one line on stderr and status 1, not in a traceback."""
     try:
         main()
-    except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as e:
+    except (OSError, ValueError, FloatingPointError, SafetensorError, torch.OutOfMemoryError) as e:
         sys.exit(f"error: {' '.join(str(e).split())}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
