@@ -98,7 +98,7 @@ def ssiuu_backward(L: Tensor, g: Tensors, v: Tensors, phi: Tensors, first_order:
     torch.autograd.backward(roots, weights)
     with torch.no_grad():
         for p, g_p, v_p in zip(phi, g, v):
-            p.grad += torch.where(v_p != 0, v_p * g_p / p, 0)
+            p.grad += (v_p * g_p).div_(p).masked_fill_(v_p == 0, 0)
 
 
 def ga_loss(logp_f: Tensor) -> Tensor:  # (B,) -> ()
@@ -473,6 +473,9 @@ def bench(s: Settings) -> None:
         print(f"{i:6} {seconds[i][-1]:7.2f} s  {2 * n * K / seconds[i][-1]:7.0f} tokens/s  {memory[i][-1]:6.2f} GB",
               flush=True)
     ratios = sorted(b / a for a, b in zip(seconds["gd"][2:], seconds["ssiuu"][2:]))
+    Path("runs").mkdir(exist_ok=True)
+    result = {"model": s.model, "B": n, "K": K, "seconds": seconds, "GB": memory, "time_ratios": ratios, **provenance()}
+    write(Path("runs", "bench.json"), (json.dumps(result, indent=1) + "\n").encode())
     print(f"SSIUU / GD, B={n}, K={K}: time {ratios[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, n=5)  "
           f"memory {max(memory['ssiuu']) / max(memory['gd'][:2]):.2f}")
 

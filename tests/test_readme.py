@@ -25,7 +25,8 @@ def test_the_paste_snippet_runs(monkeypatch):
     space = {"path": "anywhere", "ids": ids, "answer": answer}
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], space)
     assert all(torch.isfinite(e).all() for e in space["extra"]) and sum(e.abs().sum() for e in space["extra"]) > 0
-    assert space["logprob"](ids, answer).item() < -0.05  # it knew the answer at P = 0.98; ascent took some away
+    known = load(ROOT / "data/tiny")[0](ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[answer[0, 1:]].sum()
+    assert space["logprob"](ids, answer).item() < known.item() - 1e-4  # ascent took some of the answer away
 
 
 def test_every_line_of_the_paper_to_code_table_is_right():
