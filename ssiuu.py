@@ -207,8 +207,10 @@ def penalised_backward(graph: Callable, parts: list[list[int]], phi: Tensors, A_
     for key, group in groups.items():
         v = None                                                                                   # l.7, l.8
         if key in A_prev:
-            L_ssiuu += ssiuu_loss(A[key], A_prev[key], I_neg).item()                               # l.11
-            v = penalty_vector(A[key], A_prev[key], I_neg, phi, s.lam)
+            v = []
+            for a, a_prev, i, p in zip(A[key], A_prev[key], I_neg, phi):  # one parameter at a time stays in cache
+                L_ssiuu += ssiuu_loss([a.detach()], [a_prev], [i]).item()                          # l.11
+                v += penalty_vector([a], [a_prev], [i], [p], s.lam)
             if s.anchor == "previous":
                 del A_prev[key]
         if held:
