@@ -354,8 +354,9 @@ def train(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Example
     # Steps after the last saved state are run again, and what followed them is scored again.
     log[:] = [r for r in log if r["kind"] in ("settings", "before") or r["kind"] == "step" and r["t"] <= state.t]
     write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
-    first, r = state.t, {"FS": math.inf}
-    for r in unlearn(model, tokenizer, C_f, C_r, s, state):
+    first = state.t
+    reached = any(r["kind"] == "step" and r["FS"] <= 100 * s.tau for r in log)  # killed between last step and save
+    for r in () if reached else unlearn(model, tokenizer, C_f, C_r, s, state):
         note(folder, log, r)
         eta = (time.time() - start) / (state.t - first) * (s.steps - state.t)
         print(f"step {r['t']}/{s.steps}  L {r['L']:.3f}  L_SSIUU {r.get('L_SSIUU', 0):.2e}  |I-| "

@@ -1,5 +1,6 @@
 """The commands as a person runs them, in a subprocess; what they write, what a kill and bad input leave behind."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     a, b = (load_file(tmp_path / f"runs/{name}/model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_kill_after_the_threshold_takes_no_further_step(finished, tmp_path):
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    run, log = tmp_path / "runs/ssiuu-tiny", tmp_path / "runs/ssiuu-tiny/log.jsonl"
+    steps = [line for line in log.read_text().splitlines() if json.loads(line)["kind"] in ("before", "step")]
+    log.write_text("\n".join(steps) + "\n")
+    out = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/ssiuu-tiny", "--attack-seeds", "0"],
+                         cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 0 and log.read_text().count('"kind": "step"') == len(steps) - 1, out.stderr
+    a, b = (load_file(folder / "model.safetensors") for folder in (run, finished[0] / "runs/ssiuu-tiny"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_bfloat16_follows_float32(tmp_path):
