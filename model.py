@@ -72,7 +72,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # promote_types, not .float(): a float64 model must stay float64, or finite differences are 2 % off.
         y = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        # vecdot, not square().mean(): half the time in a double backward, and two (B, K, D) fewer kept for it.
+        y = y * torch.rsqrt(torch.linalg.vecdot(y, y)[..., None] / y.shape[-1] + self.eps)
         return self.weight * y.to(x.dtype)
 
 
@@ -114,7 +115,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, K, D) -> (B, K, D)
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        shape, x = x.shape, x.flatten(0, -2)
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)).view(shape)
 
 
 class Block(nn.Module):
