@@ -20,7 +20,6 @@ Dimensions: B sequences, K tokens.
 """
 import json
 import math
-import os
 import platform
 import random
 import re
@@ -488,9 +487,7 @@ def bench(s: Settings) -> None:
               flush=True)
     ratios = sorted(b / a for a, b in zip(seconds["gd"][2:], seconds["ssiuu"][2:]))
     Path("runs").mkdir(exist_ok=True)
-    malloc = {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")}
-    result = {"model": s.model, "B": n, "K": K, "seconds": seconds, "GB": memory, "time_ratios": ratios,
-              "malloc": malloc, **provenance()}
+    result = {"model": s.model, "B": n, "K": K, "seconds": seconds, "GB": memory, "time_ratios": ratios, **provenance()}
     write(Path("runs", "bench.json"), (json.dumps(result, indent=1) + "\n").encode())
     print(f"SSIUU / GD, B={n}, K={K}: time {ratios[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, n=5)  "
           f"memory {max(memory['ssiuu']) / max(memory['gd'][:2]):.2f}")
