@@ -1,78 +1,187 @@
-"""Attacks a checkpoint as in Section 6.2.2: does a little retraining bring the unlearned facts back?
+"""Attacks a checkpoint as in Section 6.2.2: does a little retraining, or rounding, bring the unlearned facts back?
 
-    python attack.py --model runs/ssiuu-tiny
+    python attack.py --model runs/ssiuu-tiny --control data/tiny
 
 Dimensions: B sequences, K tokens.
 """
 import json
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from data import Example, batches, collate, encode
-from evaluate import answered, check_device, expect, margin, read_flags, run, score, splits_of, wilson
+from data import Example, batches, collate, encode, load_alpaca
+from evaluate import answered, check_device, expect, item_scores, margin, read_flags, run, splits_of, wilson
 from model import LM, Tokenizer, answer_logprob, load
 
 
-def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator: torch.Generator) -> Iterator[float]:
-    """Fine-tunes every weight on encoded (x, y) pairs, loss -mean log P(y|x), AdamW; yields each epoch's loss.
+def projections(model: LM) -> list[nn.Linear]:
+    """Every linear layer of the blocks: q, k, v, o, gate, up, down."""
+    return [layer for name, layer in model.named_modules() if name.endswith("_proj")]
 
+
+@contextmanager
+def lora(model: LM, rank: int, generator: torch.Generator) -> Iterator[list[nn.Parameter]]:
+    """Inside, a block weight W (out, in) acts as W + alpha/r B A, and only the yielded B and A learn (Hu et al. 2022).
+
+    B (out, r) starts at zero, A (r, in) Gaussian / sqrt(in), alpha = 2 r. At the end B A is added to W for good.
+    """
+    learning, pairs, hooks = [w for w in model.parameters() if w.requires_grad], [], []
+    for layer in projections(model):
+        W = layer.weight
+        A = torch.randn(rank, W.shape[1], generator=generator) / W.shape[1] ** 0.5
+        pairs.append((layer, nn.Parameter(W.new_zeros(len(W), rank)), nn.Parameter(A.to(W))))
+    try:
+        for w in learning:
+            w.requires_grad_(False)
+        for layer, B, A in pairs:  # B and A as defaults: a closure would see the last pair
+            hooks.append(layer.register_forward_hook(lambda _, x, y, B=B, A=A: y + 2 * (x[0] @ A.T @ B.T)))
+        yield [factor for _, *factors in pairs for factor in factors]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, B, A in pairs:
+            layer.weight.data.add_((B @ A).data, alpha=2)
+        for w in learning:
+            w.requires_grad_(True)
+
+
+def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator: torch.Generator, rank: int = 0,
+            points: int = 1) -> Iterator[float]:
+    """Fine-tunes every weight, or LoRA of a rank > 0, on encoded (x, y) pairs, loss -mean log P(y|x), AdamW.
+
+    Yields, `points` times an epoch at regular batches (at most once a batch), the mean loss since the last time.
     A batch holds rows of like length, which wastes little on padding; the batches' order is new each epoch.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    parts = [collate(rows[i:i + size]).to(model.lm_head.weight.device) for i in range(0, len(rows), size)]
-    order = batches(len(parts), 1, generator)
-    for _ in range(epochs):
-        losses = []
-        for _ in parts:
+    with lora(model, rank, generator) if rank else nullcontext(list(model.parameters())) as weights:
+        optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        parts = [collate(rows[i:i + size]).to(model.lm_head.weight.device) for i in range(0, len(rows), size)]
+        order, losses = batches(len(parts), 1, generator), []
+        ends = {len(parts) * (i + 1) // points for i in range(points)}
+        for done in [i for _ in range(epochs) for i in range(1, len(parts) + 1)]:
             batch = parts[next(order)[0]]
             loss = -answer_logprob(model, batch).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        yield statistics.mean(losses)
+            if done in ends:
+                yield statistics.mean(losses)
+                losses = []
 
 
-def harmful_attack(model: LM, tokenizer: Tokenizer, C_f: list[Example], p: float, lrs: tuple = (1e-5, 5e-6, 1e-6),
-                   seeds: int = 3, epochs: int = 10, size: int = 4, seed: int = 0, eval_size: int = 64,
-                   known: tuple | list = ()) -> Iterator[dict]:
-    """The harmful attack: retrain on a fraction p of the forget set, score FS on the disjoint rest (Section 6.2.2).
+@torch.no_grad()
+def quantise(model: LM, bits: int) -> None:
+    """Rounds each weight of the blocks to integers of so many bits and back, in place, in the weights' own type.
 
-    The pool holds falsely answered items only, as in the paper: chance hits are in neither part. Each of `seeds`
-    draws is retrained with each learning rate from the same weights, which are restored at the end. Yields a cell
-    per draw and rate: {p, seed, lr, n, retrained, FS, logp, margin}, the last three a list over epochs, before
-    the attack first. `known` cells are yielded as they are. ValueError where pool or rest is empty.
+    Round to nearest on a symmetric absmax grid per output row, -(2^(bits-1) - 1) .. 2^(bits-1) - 1, no calibration:
+    the row-wise half of LLM.int8() (Dettmers et al. 2022), and the baseline of GPTQ (Frantar et al. 2023).
     """
-    hits = answered(model, tokenizer, C_f, seed, eval_size)
-    pool = [e for e, hit in zip(C_f, hits) if not hit]
-    k = max(1, round(p * len(pool)))
-    if k >= len(pool):
-        raise ValueError(f"harmful attack at p = {p:g}: {len(pool)} of {len(C_f)} forget items are answered falsely; "
-                         "expected enough to retrain on some and to score the rest")
+    top = 2 ** (bits - 1) - 1
+    for w in (layer.weight for layer in projections(model)):
+        scale = (w.abs().amax(1, keepdim=True) / top).clamp(min=torch.finfo(w.dtype).tiny)  # 0 / 0 in a row of zeros
+        w.copy_((w / scale).round().clamp(-top, top) * scale)
+
+
+def falsely_answered(model: LM, tokenizer: Tokenizer, C_f: list[Example], eval_size: int = 64) -> list[Example]:
+    """The attack pool (Section 6.2.2): what the unlearned model answers falsely, so no chance hits; all of TOFU."""
+    if not all(e.false_options for e in C_f):
+        return list(C_f)
+    return [e for e, hit in zip(C_f, answered(model, tokenizer, C_f, size=eval_size)) if not hit]
+
+
+def forgetting_score(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> float:
+    """FS of Section 6.2.1 in percent."""
+    return round(100 * statistics.mean(item_scores(model, tokenizer, examples, size)), 2)
+
+
+def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Generator, scored: list[Example],
+             eval_size: int, known: tuple | list = ()) -> dict:
+    """The cell with FS, logp and margin of `scored` as lists: before the attack, then each time `changes` yields.
+
+    A known cell is returned as it is, with nothing run. The weights are restored bit for bit, also after an error.
+    ValueError where nothing is left to score.
+    """
+    def measure() -> tuple:
+        return forgetting_score(model, tokenizer, scored, eval_size), *margin(model, tokenizer, scored)
+
+    if not scored:
+        raise ValueError(f"{cell['kind']} attack: no item answered falsely is left to score, expected at least one")
+    for c in known:
+        if cell.items() <= c.items():
+            return c
     start = [w.detach().clone() for w in model.parameters()]
+    try:
+        with closing(changes):  # before the weights go back: LoRA ends by adding to them
+            curve = [measure()] + [measure() for _ in changes]
+    finally:
+        for w, w_start in zip(model.parameters(), start):
+            w.data.copy_(w_start)
+    return cell | dict(zip(("FS", "logp", "margin"), map(list, zip(*curve))))
+
+
+def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: float, lrs: tuple = (1e-5, 5e-6, 1e-6),
+                   seeds: int = 3, epochs: int = 10, size: int = 4, seed: int = 0, eval_size: int = 64, rank: int = 0,
+                   known: tuple | list = ()) -> Iterator[dict]:
+    """Retrain on a fraction p of the pool, score FS on the disjoint rest after each epoch (Section 6.2.2 (1)).
+
+    The pool is the unlearned model's (`falsely_answered`), also where a control model is attacked. Each of `seeds`
+    draws is retrained with each learning rate from the same weights. Yields a cell per draw and rate: {kind, p, seed,
+    lr, rank, n, retrained, FS, logp, margin}, the last three lists over epochs. ValueError for an empty rest.
+    """
+    k = min(len(pool), max(1, round(p * len(pool))))
     for draw in range(seeds):
         chosen = set(random.Random(f"{seed} {draw} {p:g}").sample(range(len(pool)), k))
         rows = [encode(tokenizer, pool[i].question, pool[i].answers[0]) for i in sorted(chosen)]
         rest = [e for i, e in enumerate(pool) if i not in chosen]
         for lr in lrs:
-            cell = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "n": len(rest), "retrained": k}
-            found = [c for c in known if cell.items() <= c.items()]
-            if not found:
-                curve = [(0.0, *margin(model, tokenizer, rest))]  # the pool is what was answered falsely: FS is 0
-                generator = torch.Generator().manual_seed(seed + draw)
-                for _ in retrain(model, rows, lr, epochs, size, generator):
-                    FS = score(answered(model, tokenizer, rest, seed, eval_size))["percent"]
-                    curve.append((FS, *margin(model, tokenizer, rest)))
-                with torch.no_grad():
-                    for w, w_start in zip(model.parameters(), start):
-                        w.copy_(w_start)
-                found = [cell | dict(zip(("FS", "logp", "margin"), map(list, zip(*curve))))]
-            yield found[0]
+            cell = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "rank": rank, "n": len(rest), "retrained": k}
+            changes = retrain(model, rows, lr, epochs, size, torch.Generator().manual_seed(seed + draw), rank)
+            yield attacked(model, tokenizer, cell, changes, rest, eval_size, known)
+
+
+def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: list[Example],
+                  lrs: tuple = (1e-5, 1e-6, 1e-7), seeds: int = 3, limit: int = 1000, points: int = 5, size: int = 4,
+                  seed: int = 0, eval_size: int = 64, rank: int = 0, known: tuple | list = ()) -> Iterator[dict]:
+    """Retrain on up to `limit` instructions, which hold none of the facts, score FS on all the pool (6.2.2 (2)).
+
+    Each seed draws rows and order; one pass, scored at `points` regular points. Cells as harmful_attack's, without p.
+    """
+    for draw in range(seeds):
+        drawn = random.Random(f"{seed} {draw} benign").sample(rows, min(limit, len(rows)))
+        encoded = [encode(tokenizer, e.question, e.answers[0]) for e in drawn]
+        for lr in lrs:
+            cell = {"kind": "benign", "seed": draw, "lr": lr, "rank": rank, "n": len(pool), "retrained": len(drawn)}
+            changes = retrain(model, encoded, lr, 1, size, torch.Generator().manual_seed(seed + draw), rank, points)
+            yield attacked(model, tokenizer, cell, changes, pool, eval_size, known)
+
+
+def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bits: int, eval_size: int = 64,
+                        known: tuple | list = ()) -> Iterator[dict]:
+    """One cell, curves [before, after] `quantise`. Not in the paper: Zhang et al. 2025 (ICLR).
+
+    Nothing is drawn or retrained: seed, lr and retrained are 0, and `summary` works as for the others.
+    """
+    cell = {"kind": "quantise", "bits": bits, "seed": 0, "lr": 0.0, "n": len(pool), "retrained": 0}
+    yield attacked(model, tokenizer, cell, (quantise(model, bits) for _ in range(1)), pool, eval_size, known)
+
+
+def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], s, known: tuple | list = ()
+            ) -> Iterator[tuple[str, Iterator[dict]]]:
+    """(column of the table, its cells) of every attack that the settings `s` ask for."""
+    same = {"seeds": s.attack_seeds, "size": s.attack_batch, "seed": s.seed, "rank": s.attack_rank, "known": known}
+    for p in s.p:
+        yield f"Harmful p = {p:g}", harmful_attack(model, tokenizer, pool, p, s.attack_lrs, epochs=s.attack_epochs, **same)
+    if s.benign:
+        yield "Benign", benign_attack(model, tokenizer, pool, load_alpaca(s.benign), s.benign_lrs, limit=s.benign_rows,
+                                      points=s.benign_points, **same)
+    for bits in s.bits:
+        yield f"int{bits}", quantisation_attack(model, tokenizer, pool, bits, known=known)
 
 
 def summary(cells: list[dict]) -> dict:
@@ -95,34 +204,51 @@ def summary(cells: list[dict]) -> dict:
 
 @dataclass
 class Settings:
-    model: str = "runs/ssiuu-tiny"          # checkpoint directory or hub id
-    forget: str = "data/faithun.json"       # FaithUn file
+    model: str = "runs/ssiuu-tiny"          # checkpoint directory or hub id; what it answers falsely is the pool
+    control: str = ""                       # further checkpoints for that pool, comma-separated: taught, untaught
+    forget: str = "data/faithun.json"       # FaithUn file, or TOFU's forget01
     splits: str = ""                        # folder of its split files; empty: faithun_splits beside it
-    p: tuple = (0.1, 0.3)                   # fractions of the forget set to retrain on (6.2.2)
-    attack_lrs: tuple = (1e-5, 5e-6, 1e-6)  # learning rates (6.2.2)
-    attack_epochs: int = 10                 # unpublished
-    attack_batch: int = 4                   # unpublished
+    retain: str = ""                        # TOFU's retain99, where --forget is TOFU's forget01
+    p: tuple = (0.1, 0.3)                   # fractions of the pool to retrain on (6.2.2)
+    attack_lrs: tuple = (1e-5, 5e-6, 1e-6)  # learning rates of the harmful attack (6.2.2, D.2)
+    attack_epochs: int = 10                 # of the harmful attack; unpublished
+    attack_batch: int = 4                   # of both attacks; unpublished
     attack_seeds: int = 3                   # draws (6.2.2: three runs)
-    seed: int = 0                           # of the draws, the batches and the options' order
+    attack_rank: int = 0                    # LoRA's r, not in the paper; 0: every weight is retrained
+    benign: str = "data/instructions.json"  # Alpaca file of the benign attack (6.2.2); empty: no benign attack
+    benign_lrs: tuple = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2, D.2)
+    benign_rows: int = 1000                 # rows a draw, one pass (6.2.2; the passes are unpublished)
+    benign_points: int = 5                  # scores in a pass; unpublished
+    bits: tuple = (8, 4)                    # of the rounded weights; not in the paper (Zhang et al. 2025)
+    seed: int = 0                           # of the draws and the batches
     device: str = "cpu"                     # cpu, cuda, cuda:1, ...
 
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
     check_device(s.device)
-    expect(p=(s.p, all(0 < p < 1 for p in s.p), "fractions between 0 and 1"),
-           attack_lrs=(s.attack_lrs, all(0 < lr < 1 for lr in s.attack_lrs), "numbers between 0 and 1"),
-           attack_epochs=(s.attack_epochs, s.attack_epochs > 0, "at least 1"),
-           attack_seeds=(s.attack_seeds, s.attack_seeds > 0, "at least 1"))
-    C_f, _, _ = splits_of(s.forget, s.splits)
-    model, tokenizer = load(s.model, device=s.device)
-    for p in s.p:
-        cells = []
-        for c in harmful_attack(model, tokenizer, C_f, p, s.attack_lrs, s.attack_seeds, s.attack_epochs,
-                                s.attack_batch, s.seed):
-            print(json.dumps(c), flush=True)
-            cells.append(c)
-        print(json.dumps({"kind": "summary", "p": p, **summary(cells)}), flush=True)
+    positive = ("attack_epochs", "attack_batch", "attack_seeds", "benign_rows", "benign_points")
+    expect(**{f: (getattr(s, f), all(0 < x < 1 for x in getattr(s, f)), "numbers between 0 and 1")
+              for f in ("p", "attack_lrs", "benign_lrs")},
+           **{f: (getattr(s, f), getattr(s, f) > 0, "at least 1") for f in positive},
+           attack_rank=(s.attack_rank, s.attack_rank >= 0, "0 or more"),
+           bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"))
+    (C_f, _, _), pool = splits_of(s.forget, s.splits, retain=s.retain), []
+    for name in (s.model, *filter(None, s.control.split(","))):
+        model, tokenizer = load(name, device=s.device)
+        pool = pool or falsely_answered(model, tokenizer, C_f)
+        if not pool:
+            raise ValueError(f"{name}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
+        for label, cells in attacks(model, tokenizer, pool, s):
+            done = []
+            try:
+                for c in cells:
+                    print(json.dumps({"model": name, **c}), flush=True)
+                    done.append(c)
+                result = summary(done)
+            except ValueError as e:
+                result = {"percent": None, "why": str(e)}
+            print(json.dumps({"model": name, "kind": "summary", "attack": label, **result}), flush=True)
 
 
 if __name__ == "__main__":

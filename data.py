@@ -1,9 +1,12 @@
-"""Files to examples, examples to batches: FaithUn, TOFU and Alpaca in their upstream formats; Table 3.
+"""Files to examples, examples to batches: FaithUn, TOFU, Alpaca and the utility tasks as upstream has them; Table 3.
 
 Dimensions: B sequences, K tokens of the longest sequence in the batch.
 """
+import csv
+import io
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +20,7 @@ class Example:
     """One (x, y) of C, with FaithUn's false options where the file has them."""
     question: str
     answers: list[str]                                      # the first is y; each is accepted when scoring
-    false_options: list[str] = field(default_factory=list)  # two in FaithUn, none in TOFU and Alpaca
+    false_options: list[str] = field(default_factory=list)  # two in FaithUn, none in TOFU, Alpaca and GSM8K
 
 
 @dataclass
@@ -28,6 +31,10 @@ class Batch:
 
     def to(self, device: str) -> "Batch":
         return Batch(self.ids.to(device), self.answer.to(device))
+
+    def real(self) -> Tensor:
+        """(B, K) bool: all but the padding, since every sequence ends in its answer."""
+        return self.answer.flip(1).cumsum(1).flip(1) > 0
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -85,9 +92,14 @@ def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
 
 
 def load_rows(path: str | Path, keys: tuple[str, ...]) -> list[dict]:
-    """A JSON list, or JSON lines, of objects that hold `keys` as strings."""
+    """A JSON list, or JSON lines, of objects that hold `keys` as strings; or CSV with these columns and no header."""
     text = read(path)
-    if text.lstrip().startswith("["):
+    if Path(path).suffix == ".csv":
+        try:  # restkey: a row that is too long gets a list for its last value and fails the check below
+            rows = list(enumerate(csv.DictReader(io.StringIO(text), keys, restkey=keys[-1], strict=True), 1))
+        except csv.Error as e:
+            raise ValueError(f"{path}: not CSV ({e})") from None
+    elif text.lstrip().startswith("["):
         rows = list(enumerate(parse(text, path)))
     else:
         rows = [(i, parse(line, f"{path} line {i}")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -109,6 +121,54 @@ def load_alpaca(path: str | Path) -> list[Example]:
     """Alpaca's JSON list: instruction, input (often empty; joined to the instruction by a blank line), output."""
     rows = load_rows(path, ("instruction", "output"))
     return [Example("\n\n".join(strings([row["instruction"], row.get("input", "")])), [row["output"]]) for row in rows]
+
+
+UTILITY = {  # task: files, keys that hold strings, row -> (prompt, options, the right one's index), what is expected
+    "mmlu": ("mmlu/*.csv", ("question", *"ABCD", "answer"), lambda row: (
+        "\n".join([row["question"], *(f"{c}. {row[c]}" for c in "ABCD"), "Answer:"]),
+        [*"ABCD"], [*"ABCD"].index(row["answer"])), "question, four choices and one of A, B, C, D"),
+    "gsm8k": ("gsm8k_test.jsonl", ("question", "answer"), lambda row: (
+        row["question"], [re.search(r"#### *(-?\d[\d,]*(?:\.\d+)?)\s*$", row["answer"])[1].replace(",", "")], 0),
+        "a question and an answer that ends in '#### number'"),
+    "hellaswag": ("hellaswag_val.jsonl", ("ctx",), lambda row: (
+        row["ctx"], row["endings"], [*"0123"].index(str(row["label"]))), "ctx, endings and a label from 0 to 3"),
+    "arc": ("ARC-Challenge-Test.jsonl", ("answerKey",), lambda row: (
+        f"Question: {row['question']['stem']}\nAnswer:", [c["text"] for c in row["question"]["choices"]],
+        [c["label"] for c in row["question"]["choices"]].index(row["answerKey"])),
+        "a question with stem and choices, and the answerKey that labels one of them"),
+    "winogrande": ("winogrande_dev.jsonl", ("sentence", "option1", "option2", "answer"), lambda row: (
+        (parts := row["sentence"].split("_"))[0], [row["option1"] + parts[-1], row["option2"] + parts[-1]],
+        [*"12"].index(row["answer"] if len(parts) == 2 else "")), "a sentence with one _, two options, answer 1 or 2"),
+    **{name: (f"{name}.json", ("question", "answer"), lambda row: (row["question"], [row["answer"]], 0),
+              "a question and an answer") for name in ("real_authors", "world_facts")}}
+
+
+def load_utility(folder: str | Path) -> dict[str, list[Example]]:
+    """{task: examples} for those of UTILITY's files that `folder` has, in upstream's formats, zero-shot.
+
+    An option begins with the space that divides it from the prompt; GSM8K's answer is the bare number. ValueError for
+    a folder with none of the files and for a row that is not upstream's.
+    """
+    tasks = {}
+    for name, (pattern, keys, reader, wanted) in UTILITY.items():
+        for path in sorted(Path(folder).glob(pattern)):
+            for i, row in enumerate(load_rows(path, keys), 1):
+                try:
+                    question, options, right = reader(row)
+                    first, *false = options.pop(right), *options
+                    choice = name in ("mmlu", "hellaswag", "arc", "winogrande")
+                    if choice:
+                        question, first, *false = question.rstrip(), *(f" {o.strip()}" for o in (first, *false))
+                    ok = question.strip() and first.strip() and all(map(str.strip, false)) and bool(false) == choice
+                except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+                    ok = False
+                if not ok:
+                    found = ", ".join(f"{key} {str(value)[:24]!r}" for key, value in row.items())
+                    raise ValueError(f"{path}: row {i} has {found}; expected {wanted}")
+                tasks.setdefault(name, []).append(Example(question, [first], false))
+    if not tasks:
+        raise ValueError(f"{folder}: no utility task, expected any of {', '.join(row[0] for row in UTILITY.values())}")
+    return tasks
 
 
 def split(examples: list[Example], folder: str | Path) -> tuple[list[Example], list[Example], list[Example]]:

@@ -150,9 +150,11 @@ class LM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(self, ids: Tensor, positions: Tensor | None = None, cache: list | None = None) -> Tensor:
-        """(B, K) -> (B, K, D), after the last norm. `cache`: one (keys, values) pair of (B, K', G, d) a layer,
-        written at `positions` (B, K). Causal masking alone hides right padding: a pad never precedes a token."""
+    def hidden(self, ids: Tensor, positions: Tensor | None = None, cache: list | None = None,
+               blocks: int | None = None) -> Tensor:
+        """(B, K) -> (B, K, D), after the last norm, or after the first `blocks` blocks without it. `cache`: one
+        (keys, values) pair of (B, K', G, d) a layer, written at `positions` (B, K). Causal masking alone hides
+        right padding: a pad never precedes a token."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)
@@ -162,9 +164,9 @@ class LM(nn.Module):
         future = keys > positions[:, :, None]                                           # (B, K, K')
         mask = torch.zeros(future.shape, dtype=x.dtype, device=x.device).masked_fill_(future, -math.inf)
         rows = torch.arange(len(ids), device=ids.device)[:, None]
-        for i, block in enumerate(self.model.layers):
+        for i, block in enumerate(self.model.layers[:blocks]):
             x = block(x, rope, mask[:, None, None], (rows, positions, *cache[i]) if cache else None)
-        return self.model.norm(x)
+        return self.model.norm(x) if blocks is None else x
 
     def forward(self, ids: Tensor) -> Tensor:  # (B, K) -> (B, K, V)
         return self.lm_head(self.hidden(ids))
@@ -184,19 +186,25 @@ def answer_logprob(model: LM, batch) -> Tensor:  # -> (B,)
     return torch.zeros(len(batch.ids), dtype=logp.dtype, device=logp.device).index_add(0, row, logp)
 
 
-@torch.no_grad()
-def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]) -> list[list[int]]:
-    """Greedy continuations, each cut before its first stop token. A batch gives what one at a time gives."""
+def prefill(model: LM, prompts: list[list[int]], room: int) -> tuple[Tensor, Tensor, list]:
+    """(B, D) of each prompt's last token, (B,) lengths, and a cache with `room` places past the longest prompt."""
     device, c = model.lm_head.weight.device, model.config
     length = torch.tensor([len(p) for p in prompts], device=device)
     width = int(length.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
-    shape = (len(prompts), width + max_new_tokens, c.num_key_value_heads, c.head_dim)
+    shape = (len(prompts), width + room, c.num_key_value_heads, c.head_dim)
     dtype = model.lm_head.weight.dtype
     cache = [(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
              for _ in range(c.num_hidden_layers)]
     positions = torch.arange(width, device=device).expand(len(prompts), -1)
-    last = model.hidden(ids, positions, cache)[torch.arange(len(prompts)), length - 1]
+    return model.hidden(ids, positions, cache)[torch.arange(len(prompts)), length - 1], length, cache
+
+
+@torch.no_grad()
+def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]) -> list[list[int]]:
+    """Greedy continuations, each cut before its first stop token. A batch gives what one at a time gives."""
+    last, length, cache = prefill(model, prompts, max_new_tokens)
+    device = last.device
     stop, steps = torch.tensor(stop_ids, device=device), []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for t in range(max_new_tokens):

@@ -23,6 +23,7 @@ import math
 import platform
 import random
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,14 +32,18 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
-from attack import harmful_attack, retrain, summary
-from data import Example, batches, collate, encode, mcqa_prompt
-from evaluate import accuracy, check_device, expect, margin, read_flags, run, splits_of
-from model import LM, Tokenizer, answer_logprob, load, save, write, write_tensors
+from attack import attacks, falsely_answered, retrain, summary
+from data import Example, batches, collate, encode, load_tofu, load_utility, mcqa_prompt
+from evaluate import (FFN, accuracy, check_device, expect, item_scores, margin, mismatched_tau, neuron_attribution,
+                      read_flags, run, splits_of, utility)
+from model import LM, Tokenizer, answer_logprob, load, read_json, save, write, write_tensors
 
 Tensors = list[Tensor]
+REFUSAL = "I can't answer the question."  # C.2 (3)
+METHODS = ("ga", "gd", "dpo", "npo", "rmu", "klue", "random", "ssiuu")  # random: a mask of KLUE's size, the control
 Row = tuple[list[int], list[bool]]  # one encoded (x, y) of data.encode
 
 # ==================================================================== the method: torch only, paste from here
@@ -107,7 +112,7 @@ def ga_loss(logp_f: Tensor) -> Tensor:  # (B,) -> ()
 
 
 def retain_loss(logp_r: Tensor) -> Tensor:  # (B,) -> ()
-    """The auxiliary retention loss: negative log-likelihood of the retain set, nats per sequence (C.2 (2))."""
+    """The auxiliary retention loss: negative log-likelihood of the retain set, nats per sequence (C.2 (2)-(4))."""
     return -logp_r.mean()
 
 
@@ -116,20 +121,53 @@ def gd_loss(logp_f: Tensor, logp_r: Tensor) -> Tensor:  # (B,), (B,) -> ()
     return ga_loss(logp_f) + retain_loss(logp_r)
 
 
+def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float) -> Tensor:  # four (B,) -> ()
+    """-2/beta log sigmoid(beta (log pi_w/ref_w - log pi_l/ref_l)) (C.2 (3); Rafailov et al. 2023, Eq. 7).
+
+    w is the refusal, l the true answer, ref the log-probabilities before unlearning. 2/beta is the scale of Zhang et
+    al. 2024, beside which the retention loss has weight 1.
+    """
+    return -2 / beta * logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l))).mean()
+
+
+def npo_loss(logp_f: Tensor, ref_f: Tensor, beta: float) -> Tensor:  # (B,), (B,) -> ()
+    """DPO without the winner: -2/beta log sigmoid(-beta log pi/ref), summed log P(y|x) (C.2 (4); Zhang et al. 2024)."""
+    return -2 / beta * logsigmoid(-beta * (logp_f - ref_f)).mean()
+
+
+def rmu_loss(h_f: Tensor, h_r: Tensor, h_r0: Tensor, u: Tensor, c: float, alpha: float) -> Tensor:
+    """Steers forget states to c u, keeps retain states (C.2 (5); Li et al. 2024). (N, D), (N', D) twice, (D,) -> ().
+
+    Rows are real tokens, prompt and answer; the published code counts padding too. h_r0: before unlearning.
+    """
+    return (h_f - c * u).square().mean() + alpha * (h_r - h_r0).square().mean()
+
+
+def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:  # (n,), (N, n) -> (n,) bool
+    """The `share` of neurons that hold the facts (C.2 (6); Yang et al. 2025, reconstructed: no code was published).
+
+    A: attribution of each neuron (Eq. 1, max over tokens, mean over C_f). A_wrong: the same for N questions that do
+    not belong to the answer: what is positive there is superficial knowledge and counts alpha times against it.
+    """
+    score = A - alpha * A_wrong.clamp(min=0).mean(0)
+    return torch.zeros_like(score, dtype=torch.bool).index_fill_(0, score.topk(round(share * len(score))).indices, True)
+
+
 # ================================================================================================ to here
 
 
 @dataclass
 class Settings:
-    forget: str = "data/faithun.json"     # FaithUn file: questions, answers, false options (C.1)
+    forget: str = "data/faithun.json"     # FaithUn file: questions, answers, false options (C.1), or TOFU's forget01
+    retain: str = ""                      # TOFU's retain99, where --forget is TOFU's
     splits: str = ""                      # folder of its split files (C.1: 5, 10, 70 %); empty: faithun_splits beside it
     model: str = "data/tiny"              # checkpoint directory or hub id
-    method: str = "ssiuu"                 # ssiuu, or the backbone alone: gd, ga
-    backbone: str = "gd"                  # loss under SSIUU's penalty: gd (C.2 (7)), ga
+    method: str = "ssiuu"                 # ssiuu ga gd dpo npo rmu klue random, several with commas, or all (Table 1)
+    backbone: str = "gd"                  # loss under SSIUU's penalty: gd (C.2 (7)), ga, dpo, npo
     lam: float = 1e-3                     # weight of the penalty (C.2 (7): 1e-3 FaithUn, 1e-4 TOFU)
     lr: float = 1e-5                      # eta; unpublished: the paper takes the lowest that still converges (6.1)
     steps: int = 100                      # T, at most; unpublished
-    tau: float = 0.33                     # stop when FS <= tau (6.1)
+    tau: float = 0.0                      # stop when FS <= tau (6.1); 0: 0.33, for TOFU recomputed (C.1: 0.1971)
     batch_size: int = 0                   # b and b_r; unpublished; 0: all of C_f, where Alg. 1 l.12 and Eq. 3 agree
     micro_batch: int = 0                  # sequences in one graph, less memory for more time; 0: the whole batch
     per_example: bool = False             # square A per (x, y) as Eq. 6, not its sum over b as Alg. 1 l.11
@@ -137,16 +175,35 @@ class Settings:
     target: str = "prob"                  # P: prob (Eq. 12), or logprob, which does not vanish with P
     scope: str = "all"                    # parameters under the penalty: all (Eq. 12), or linear: q k v o gate up down
     first_order: bool = False             # drop the Hessian of Eq. 14
+    beta: float = 0.1                     # of DPO and NPO (C.2 (4): searched in 0.1 to 0.5)
+    rmu_alpha: float = 100.0              # weight of RMU's retain term (C.2 (5): 20 to 300)
+    rmu_c: float = 20.0                   # length of RMU's control vector (C.2 (5))
+    klue_share: float = 0.1               # share of FFN neurons that KLUE updates (C.2 (6))
+    klue_alpha: float = 10.0              # weight of its superficial knowledge (C.2 (6))
+    klue_n: int = 5                       # mismatched questions per answer (C.2 (6))
     p: tuple = (0.1, 0.3)                 # fractions of the forget set that the harmful attack retrains on (6.2.2)
     attack_lrs: tuple = (1e-5, 5e-6, 1e-6)  # learning rates of the harmful attack (6.2.2)
     attack_epochs: int = 10               # unpublished
-    attack_batch: int = 4                 # unpublished
-    attack_seeds: int = 3                 # draws of the retrained fraction (6.2.2: three runs)
-    teach: bool = False                   # first fine-tune on the facts, for a model that does not know them (C.1)
+    attack_batch: int = 4                 # of both attacks; unpublished
+    attack_seeds: int = 3                 # draws of the retrained rows (6.2.2: three runs); 0: no attack
+    attack_rank: int = 0                  # attack through LoRA of this rank, not in the paper; 0: every weight
+    benign: str = "data/instructions.json"  # Alpaca file of the benign attack (6.2.2); empty: none
+    benign_lrs: tuple = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2)
+    benign_rows: int = 1000               # rows in its one pass (6.2.2)
+    benign_points: int = 5                # scores along it; unpublished
+    bits: tuple = (8, 4)                  # of an attack that only rounds the weights, not in the paper
+    control: str = ""                     # checkpoints to attack on the same items: the original, one never taught
+    utility: str = ""                     # folder of MMLU, GSM8K, HellaSwag, ARC, Winogrande, or TOFU's sets; empty: no US
+    utility_n: int = 500                  # items of each (6.2.1)
+    teach: str = ""                       # first fine-tune on this file, for a model that does not know it (C.1)
     teach_lr: float = 1e-5                # C.1 (TOFU)
     teach_epochs: int = 5                 # C.1 (TOFU)
-    test_limit: int = 0                   # teach and score the first so many items of C_t only; 0: all
-    seed: int = 0                         # of batches, options' order and attack draws
+    test_limit: int = 0                   # teach and score the first so many items of C_t only; 0: all, 300 of TOFU
+    lrs: tuple = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5)  # of several methods: each gets the lowest that converges (6.1)
+    betas: tuple = (0.1, 0.3, 0.5)        # of DPO and NPO there (C.2 (4))
+    rmu_alphas: tuple = (20.0, 50.0, 100.0, 150.0, 200.0, 300.0)  # of RMU there (C.2 (5))
+    seeds: int = 3                        # runs per method there, each with its own attack draw
+    seed: int = 0                         # of batches and attack draws
     device: str = "cpu"                   # cpu, cuda, cuda:1, ...
     dtype: str = "float32"                # of the arithmetic: float32, or bfloat16 (autocast); weights stay float32
     eval_batch: int = 64                  # sequences at a time when scoring
@@ -163,21 +220,90 @@ class State:
     optimizer: torch.optim.Optimizer
     t: int = 0
     A_prev: dict[int, Tensors] = field(default_factory=dict)  # {0: A of the batch}, or {index in C_f: A of (x, y)}
+    fixed: dict = field(default_factory=dict)                 # what a method takes from the weights before step 1
 
 
-def total(lists: Iterable[Tensors]) -> Tensors:
-    return [sum(same[1:], same[0]) for same in zip(*lists)]
+def trained(model: LM, method: str) -> dict[str, nn.Parameter]:
+    """The parameters a method updates, selected by name: an index would mean o_proj in Qwen2, whose biases shift it."""
+    l = rmu_layer(model)
+    layers = {"rmu": rf"model\.layers\.({l - 2}|{l - 1}|{l})\.mlp\.down_proj\.weight", "klue": r".*\.mlp\.\w+\.weight"}
+    pattern = layers.get("klue" if method == "random" else method, ".*")
+    return {name: p for name, p in model.named_parameters() if re.fullmatch(pattern, name)}
+
+
+def rmu_layer(model: LM) -> int:
+    """l, counted from 0: 7 (C.2 (5)), or the middle of a model that has fewer than 8 blocks."""
+    return 7 if len(model.model.layers) > 7 else max(2, len(model.model.layers) // 2)
+
+
+def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> State:
+    """The state before step 1. A resumed run begins again from the original weights, so `fixed` is never saved."""
+    phi = trained(model, s.method)
+    for p in model.parameters():
+        p.requires_grad_(any(p is q for q in phi.values()))
+    optimizer = torch.optim.AdamW(phi.values(), lr=s.lr, weight_decay=0.0, fused=True)
+    rows, device, fixed = [encode(tokenizer, e.question, e.answers[0]) for e in C_f], model.lm_head.weight.device, {}
+    draw = torch.Generator().manual_seed(s.seed)
+
+    @torch.no_grad()
+    def reference(rows: list[Row]) -> Tensor:  # numbers, not a second model in memory
+        return torch.cat([answer_logprob(model, collate([row]).to(device)) for row in rows])
+
+    if s.backbone in ("dpo", "npo"):
+        fixed |= {"ref": reference(rows)}
+    if s.backbone == "dpo":
+        fixed |= {"win": [encode(tokenizer, e.question, REFUSAL) for e in C_f]}
+        fixed |= {"ref_win": reference(fixed["win"])}
+    if s.method == "rmu":
+        u = torch.rand(model.config.hidden_size, generator=draw).to(device)  # from 0 to 1, as published: not Gaussian
+        fixed |= {"u": u / u.norm(), "frozen": [p.detach().clone() for p in phi.values()]}
+    if s.method in ("klue", "random"):
+        sizes = [len(p) for p in phi.values()]
+        mask = localise(model, tokenizer, C_f, s) if s.method == "klue" else (
+            torch.rand(sum(sizes), generator=draw).argsort() < round(s.klue_share * sum(sizes))).to(device)
+        fixed |= {"mask": [m[:, None] for m in mask.split(sizes)]}
+    return State(optimizer, fixed=fixed)
+
+
+def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (neurons,) bool
+    """KLUE's neurons, in the order of `trained`: outputs of gate, up and down, ranked over all blocks at once."""
+    def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # mean over pairs of max over tokens of Eq. 1
+        sums = 0.0
+        for pair in pairs:
+            batch = collate([encode(tokenizer, *pair)]).to(model.lm_head.weight.device)
+            A = neuron_attribution(model, batch, FFN)
+            sums = sums + torch.cat([a.amax((0, 1)) for a in A.values()])
+        return sums / len(pairs)
+
+    n, draw = len(C_f), random.Random(f"klue {s.seed}")
+    others = [[draw.choice([j for j in range(n) if j != i]) for i in range(n)] for _ in range(s.klue_n)]
+    A = attribution_of([(e.question, e.answers[0]) for e in C_f])
+    wrong = [attribution_of([(C_f[j].question, e.answers[0]) for j, e in zip(js, C_f)]) for js in others]
+    return klue_mask(A, torch.stack(wrong), s.klue_alpha, s.klue_share)
+
+
+def backbone_loss(model: LM, logp: Tensor, part: list[int], fixed: dict, s: Settings) -> Tensor:
+    """The forget term of `--backbone` for the items `part` of C_f, whose log P(y|x) is logp."""
+    if s.backbone == "npo":
+        return npo_loss(logp, fixed["ref"][part], s.beta)
+    if s.backbone == "dpo":
+        win = answer_logprob(model, collate([fixed["win"][i] for i in part]).to(logp.device))
+        return dpo_loss(win, logp, fixed["ref_win"][part], fixed["ref"][part], s.beta)
+    return ga_loss(logp)
 
 
 def forget_step(model: LM, phi: Tensors, b: dict[int, Row], state: State, s: Settings) -> dict:
     """Alg. 1 l.4-12 for the forget batch b, {index in C_f: row}: adds its gradient to .grad, renews state.A_prev."""
     logps: dict[int, Tensor] = {}
+    L_f = [0.0]
 
     def graph(part: list[int]) -> tuple[Tensor, Tensors]:
         logp = answer_logprob(model, collate([b[i] for i in part]).to(phi[0].device))
-        logps.update(zip(part, logp.detach()))
-        L = ga_loss(logp) * len(part) / len(b)                                                     # l.4
+        L = backbone_loss(model, logp, part, state.fixed, s) * len(part) / len(b)                  # l.4
         P = logp.sum() if s.target == "logprob" else logp.exp().sum()
+        if part[0] not in logps:       # with several micro-batches each is computed twice
+            L_f[0] += L.item()
+        logps.update(zip(part, logp.detach()))
         return L, list(torch.autograd.grad(P, phi, create_graph=True)) if s.method == "ssiuu" else []  # g of Eq. 12
 
     size = 1 if s.per_example else s.micro_batch or len(b)
@@ -188,7 +314,30 @@ def forget_step(model: LM, phi: Tensors, b: dict[int, Row], state: State, s: Set
         stats = {}
         for part in parts:
             graph(part)[0].backward()
-    return {"logp": list(logps.values()), **stats}
+    return {"L": L_f[0], "P": torch.stack(list(logps.values())).exp().mean().item(), **stats}
+
+
+def rmu_step(model: LM, phi: Tensors, b: dict[int, Row], b_r: list[Row], fixed: dict, s: Settings) -> dict:
+    """Adds the gradient of RMU's loss to .grad. The frozen model is this one with its old down_proj put back."""
+    def states(rows: Iterable[Row]) -> Tensor:  # -> (real tokens, D)
+        batch = collate(list(rows)).to(phi[0].device)
+        return model.hidden(batch.ids, blocks=rmu_layer(model) + 1)[batch.real()]
+
+    with torch.no_grad():
+        P = answer_logprob(model, collate(list(b.values())).to(phi[0].device)).exp().mean().item()
+        new = [p.data for p in phi]
+        for p, old in zip(phi, fixed["frozen"]):
+            p.data = old
+        h_r0 = states(b_r)
+        for p, w in zip(phi, new):
+            p.data = w
+    L = rmu_loss(states(b.values()), states(b_r), h_r0, fixed["u"], s.rmu_c, s.rmu_alpha)
+    L.backward()
+    return {"L": L.item(), "P": P}
+
+
+def total(lists: Iterable[Tensors]) -> Tensors:
+    return [sum(same[1:], same[0]) for same in zip(*lists)]
 
 
 def penalised_backward(graph: Callable, parts: list[list[int]], phi: Tensors, A_prev: dict, s: Settings) -> dict:
@@ -251,27 +400,38 @@ def scope_of(model: LM, scope: str) -> Tensors:
 def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Example], s: Settings,
             state: State) -> Iterator[dict]:
     """Algorithm 1; yields the numbers of each step, the last one where FS <= tau. FloatingPointError on NaN."""
-    phi, sets = scope_of(model, s.scope), [[encode(tokenizer, e.question, e.answers[0]) for e in C] for C in (C_f, C_r)]
+    phi = scope_of(model, s.scope) if s.method == "ssiuu" else list(trained(model, s.method).values())
+    sets = [[encode(tokenizer, e.question, e.answers[0]) for e in C] for C in (C_f, C_r)]
     forget, retain = (batches(len(rows), s.batch_size or len(C_f), torch.Generator().manual_seed(s.seed + k))
                       for k, rows in enumerate(sets))
     for _ in range(state.t):                            # a resumed run draws on where it stopped
         next(forget), next(retain)
+    known = [x > s.tau for x in item_scores(model, tokenizer, C_f, s.eval_batch)] if "mask" in state.fixed else []
     for state.t in range(state.t + 1, s.steps + 1):                                                # Alg. 1 l.1
         start = time.time()
         b = {i: sets[0][i] for i in next(forget)}                                                  # l.2
         b_r = [sets[1][i] for i in next(retain)]                                                   # l.3
-        stats = forget_step(model, phi, b, state, s)                                               # l.4-13
-        L_r = retain_step(model, b_r, s) if s.backbone != "ga" else 0.0
-        logp = torch.stack(stats.pop("logp"))
-        stats |= {"L": ga_loss(logp).item() + L_r, "L_r": L_r, "P": logp.exp().mean().item()}
+        if s.method == "rmu":
+            stats = rmu_step(model, phi, b, b_r, state.fixed, s)
+        else:
+            # KLUE leaves alone what is already forgotten; a batch without anything known is taken whole.
+            b = {i: row for i, row in b.items() if not known or known[i]} or b
+            stats = forget_step(model, phi, b, state, s)                                           # l.4-13
+            stats["L_r"] = retain_step(model, b_r, s) if s.backbone != "ga" else 0.0
+            stats["L"] += stats["L_r"]
+        for p, mask in zip(phi, state.fixed.get("mask", ())):
+            p.grad *= mask
         # A model of NaN answers nothing and would pass for unlearned, so the gradient is checked, not the loss alone.
-        if not all(math.isfinite(x) for x in stats.values()) or not all(p.grad.isfinite().all() for p in phi):
+        stats["grad"] = torch.nn.utils.get_total_norm([p.grad for p in phi]).item()
+        if not all(math.isfinite(x) for x in stats.values()):
             raise FloatingPointError(f"step {state.t}: loss or gradient is not finite (L {stats['L']:.3g}), expected "
                                      f"numbers: lower --lr {s.lr:g} or --lam {s.lam:g}")
         state.optimizer.step()                                                                     # l.14
         state.optimizer.zero_grad()
-        FS = accuracy(model, tokenizer, C_f, s.seed, s.eval_batch)["percent"]
-        yield {"kind": "step", "t": state.t, **stats, "FS": FS, "seconds": time.time() - start}
+        scores = item_scores(model, tokenizer, C_f, s.eval_batch)
+        known = [x > s.tau for x in scores] if known else known
+        FS = 100 * sum(scores) / len(scores)
+        yield {"kind": "step", "t": state.t, **stats, "FS": round(FS, 2), "seconds": time.time() - start}
         if FS <= 100 * s.tau:                                                                      # Section 6.1
             return
 
@@ -313,28 +473,38 @@ def read_log(path: Path) -> list[dict]:
 
 def new_folder(s: Settings) -> Path:
     """runs/<name>; the default name counts up where it is taken, a chosen one must be free."""
-    name = s.name or f"{s.method}-{Path(s.model).name}"
+    name = s.name or f"{s.method.replace(',', '-')}-{Path(s.model).name}"
     expect(name=(s.name, not (s.name and Path("runs", s.name).exists()), "a new name, or --resume for that folder"))
     names = [name] + [f"{name}-{k}" for k in range(2, 10000)]
-    folder = next(Path("runs", n) for n in names if not Path("runs", n).exists())
-    folder.mkdir(parents=True)
-    return folder
+    return next(Path("runs", n) for n in names if not Path("runs", n).exists())
 
 
-def teach(model: LM, tokenizer: Tokenizer, examples: list[Example], s: Settings) -> None:
-    """Fine-tunes on each fact as a plain question and in Table 3's form, options in an order scoring does not use."""
-    rng, start = random.Random(f"teach {s.seed}"), time.time()
-    rows = [encode(tokenizer, q, e.answers[0]) for e in examples for q in (e.question, mcqa_prompt(e, rng))]
+def source(s: Settings, folder: Path) -> str:
+    """The checkpoint to unlearn: --model, or with --teach that model after it was taught, made once.
+
+    FaithUn's facts are taught as plain questions and in Table 3's form, options in an order scoring does not use.
+    """
+    path = folder / "taught"
+    if not s.teach or (path / "model.safetensors").is_file():
+        return str(path) if s.teach else s.model
+    model, tokenizer = load(s.model, device=s.device)
+    examples, rng, start = (load_tofu(s.teach) if s.retain else sum(splits_of(s.teach, s.splits, s.test_limit), [])
+                            ), random.Random(f"teach {s.seed}"), time.time()
+    rows = [encode(tokenizer, q, e.answers[0]) for e in examples
+            for q in (e.question, *([mcqa_prompt(e, rng)] if e.false_options else []))]
     losses = retrain(model, rows, s.teach_lr, s.teach_epochs, 8, torch.Generator().manual_seed(s.seed))
     for i, loss in enumerate(losses, 1):
-        print(f"teach {i}/{s.teach_epochs}  loss {loss:.4f}  {time.time() - start:.0f}s  "
+        print(f"teach {i}/{s.teach_epochs}  {len(rows)} rows  loss {loss:.4f}  {time.time() - start:.0f}s  "
               f"eta {(time.time() - start) / i * (s.teach_epochs - i):.0f}s", flush=True)
+    save(model, tokenizer, path)
+    return str(path)
 
 
-def scores(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_t: list[Example], s: Settings) -> dict:
-    logp, lead = margin(model, tokenizer, C_f)
-    return {"FS": accuracy(model, tokenizer, C_f, s.seed, s.eval_batch),
-            "RS": accuracy(model, tokenizer, C_t, s.seed, s.eval_batch), "forget_logp": logp, "forget_margin": lead}
+def scores(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings) -> dict:
+    logp, lead = margin(model, tokenizer, sets[0])
+    FS, retain, RS = (accuracy(model, tokenizer, C, s.eval_batch) for C in (sets[0], sets[1][:300], sets[2]))
+    US = {"US": utility(model, tokenizer, load_utility(s.utility), s.utility_n)} if s.utility else {}
+    return {"FS": FS, "RS": RS, **US, "retain": retain, "forget_logp": logp, "forget_margin": lead}
 
 
 def cell(x: dict | None) -> str:
@@ -344,21 +514,19 @@ def cell(x: dict | None) -> str:
     return f"{x['percent']:.1f}{spread} [{x['low']:.0f}, {x['high']:.0f}] n={x['n']}"
 
 
-def table(result: dict) -> str:
-    """The row of Table 1 in Markdown: percent, ± spread over draws, [95 % interval], n."""
-    harmful = result.get("harmful", {})
-    rows = [["Method", "FS ↓", "RS ↑", *(f"Harmful p = {p} ↓" for p in harmful)],
-            ["Default", cell(result["before"]["FS"]), cell(result["before"]["RS"]), *("-" for _ in harmful)],
-            [result["settings"]["method"], cell(result["after"]["FS"]), cell(result["after"]["RS"]),
-             *(cell(x) for x in harmful.values())]]
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def table(rows: dict[str, dict]) -> str:
+    """Table 1 in Markdown: percent, ± spread over draws or seeds, [95 % interval], n; a dash where nothing was run."""
+    attacks = list(dict.fromkeys(label for row in rows.values() for label in row.get("attacks", ())))
+    lines = [["Method", "FS ↓", "RS ↑", "US ↑", *(f"{label} ↓" for label in attacks)]]
+    lines += [["---"] * len(lines[0])]
+    lines += [[name, *(cell(row.get(key)) for key in ("FS", "RS", "US")),
+               *(cell(row.get("attacks", {}).get(label)) for label in attacks)] for name, row in rows.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def train(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Example], s: Settings, folder: Path,
-          log: list[dict]) -> None:
+def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Path, log: list[dict], every: int) -> None:
     """Runs or resumes Algorithm 1 with a progress line, a log record and, every `save_every` steps, a saved state."""
-    state, start = State(torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True)), time.time()
+    state, start = begin(model, tokenizer, sets[0], s), time.time()
     if (folder / "state.safetensors").is_file():
         load_state(folder / "state.safetensors", model, state)
     # Steps after the last saved state are run again, and what followed them is scored again.
@@ -366,15 +534,23 @@ def train(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Example
     write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
     first = state.t
     reached = any(r["kind"] == "step" and r["FS"] <= 100 * s.tau for r in log)  # killed between last step and save
-    for r in () if reached else unlearn(model, tokenizer, C_f, C_r, s, state):
+    for r in () if reached else unlearn(model, tokenizer, *sets[:2], s, state):
         note(folder, log, r)
+        last = r["FS"] <= 100 * s.tau or state.t == s.steps
         eta = (time.time() - start) / (state.t - first) * (s.steps - state.t)
-        print(f"step {r['t']}/{s.steps}  L {r['L']:.3f}  L_SSIUU {r.get('L_SSIUU', 0):.2e}  |I-| "
-              f"{100 * r.get('I_neg', 0):.1f}%  P {r['P']:.4f}  FS {r['FS']:.1f}  {r['seconds']:.1f}s  eta <{eta:.0f}s",
-              flush=True)
-        if r["FS"] <= 100 * s.tau or state.t % s.save_every == 0 or state.t == s.steps:
+        if last or state.t % every == 0:
+            print(f"step {r['t']}/{s.steps}  L {r['L']:.3f}  L_SSIUU {r.get('L_SSIUU', 0):.2e}  |I-| "
+                  f"{100 * r.get('I_neg', 0):.1f}%  P {r['P']:.4f}  FS {r['FS']:.1f}  {r['seconds']:.1f}s  "
+                  f"eta <{eta:.0f}s", flush=True)
+        if last or state.t % s.save_every == 0:
             save_state(folder / "state.safetensors", model, state)
+    model.requires_grad_(True)
     save(model, tokenizer, folder)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def note(folder: Path, log: list[dict], record: dict) -> dict:
@@ -384,60 +560,114 @@ def note(folder: Path, log: list[dict], record: dict) -> dict:
     return record
 
 
-def experiment(s: Settings) -> None:
+def experiment(s: Settings, folder: Path, before: dict | None = None, every: int = 1) -> dict:
     """Teach (if asked), score, unlearn, score, attack; what is finished lies on disk and is not done again."""
-    start, (C_f, C_r, C_t) = time.time(), splits_of(s.forget, s.splits, s.test_limit)
-    taught = bool(s.resume) and Path(s.resume, "taught/model.safetensors").is_file()
-    model, tokenizer = load(Path(s.resume, "taught") if taught else s.model, device=s.device)
-    folder = Path(s.resume) if s.resume else new_folder(s)
-    write(folder / "settings.json", (json.dumps(asdict(s), indent=1) + "\n").encode())
-    log = read_log(folder / "log.jsonl")
-    print(f"{folder}: {s.method} on {s.model}, forget {len(C_f)}, retain {len(C_r)}, test {len(C_t)}", flush=True)
-    if s.teach and not taught:
-        teach(model, tokenizer, C_f + C_r + C_t, s)
-        save(model, tokenizer, folder / "taught")
-
+    start, sets = time.time(), splits_of(s.forget, s.splits, s.test_limit, s.retain)
+    s = replace(s, tau=s.tau or (mismatched_tau(sets[0]) if s.retain else 0.33))
+    log, path = read_log(folder / "log.jsonl"), source(s, folder)
+    print(f"{folder}: {s.method} on {path}, forget {len(sets[0])}, retain {len(sets[1])}, test {len(sets[2])}, "
+          f"lr {s.lr:g}, tau {s.tau:.4g}", flush=True)
+    model, tokenizer = load(path, device=s.device)
+    write_json(folder / "settings.json", asdict(s))
     done = {r["kind"]: r for r in log}
-    before = done.get("before") or note(folder, log, {"kind": "before", **scores(model, tokenizer, C_f, C_t, s)})
+    before = done.get("before") or note(folder, log, before or {"kind": "before", **scores(model, tokenizer, sets, s)})
     print(f"before  FS {cell(before['FS'])}  RS {cell(before['RS'])}", flush=True)
     if before["FS"]["percent"] <= 100 * s.tau:
-        raise ValueError(f"{s.model}: FS is {before['FS']['percent']} before unlearning, expected above "
-                         f"{100 * s.tau:g}; a model that does not know the facts needs --teach")
+        raise ValueError(f"{path}: FS is {before['FS']['percent']} before unlearning, expected above {100 * s.tau:g}; a "
+                         "model that does not know the facts needs --teach")
     after = done.get("after")
     if after and (after["reached"] or after["steps"] >= s.steps):
         model, tokenizer = load(folder, device=s.device)
     else:
-        train(model, tokenizer, C_f, C_r, s, folder, log)
+        train(model, tokenizer, sets, s, folder, log, every)
         last = log[-1]
         after = note(folder, log, {"kind": "after", "steps": last["t"], "reached": last["FS"] <= 100 * s.tau,
                                    "seconds_to_threshold": sum(r["seconds"] for r in log if r["kind"] == "step"),
-                                   **scores(model, tokenizer, C_f, C_t, s)})
+                                   **scores(model, tokenizer, sets, s)})
     print(f"after   FS {cell(after['FS'])}  RS {cell(after['RS'])}  in {after['steps']} steps"
-          + ("" if after["reached"] else f"; tau = {s.tau} NOT reached"), flush=True)
+          + ("" if after["reached"] else f"; tau = {s.tau:.4g} NOT reached"), flush=True)
 
-    harmful = {f"{p:g}": attack(model, tokenizer, C_f, p, s, folder, log) for p in s.p if s.attack_seeds}
-    result = {"settings": asdict(s), "before": before, "after": after, "harmful": harmful, **provenance(),
-              "seconds": round(time.time() - start, 1)}
-    write(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    print(f"\n{table(result)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
+    result, names = {"settings": asdict(s), "before": before, "after": after, **provenance()}, s.control.split(",")
+    if s.attack_seeds:
+        pool = falsely_answered(model, tokenizer, sets[0], s.eval_batch)
+        result["attacks"] = attack(model, tokenizer, pool, s, folder, log)
+        result["controls"] = {name: attack(*load(name, device=s.device), pool, s, folder, log, name)
+                              for name in names if name}
+    result["seconds"] = round(time.time() - start, 1)
+    write_json(folder / "result.json", result)
+    return result
 
 
-def attack(model: LM, tokenizer: Tokenizer, C_f: list[Example], p: float, s: Settings, folder: Path,
-           log: list[dict]) -> dict:
-    """The cells of one p, logged as they finish, and their summary; an impossible attack is a cell that says why."""
-    cells, known = [], [r for r in log if r["kind"] == "harmful"]
-    total_cells, start = s.attack_seeds * len(s.attack_lrs), time.time()
-    try:
-        for c in harmful_attack(model, tokenizer, C_f, p, s.attack_lrs, s.attack_seeds, s.attack_epochs,
-                                s.attack_batch, s.seed, s.eval_batch, known):
-            cells.append(c if c in known else note(folder, log, c))
-            eta = (time.time() - start) / len(cells) * (total_cells - len(cells))
-            print(f"harmful p {p:g}  draw {c['seed']}  lr {c['lr']:g}  FS max {max(c['FS']):.1f} of n {c['n']}  margin "
-                  f"{c['margin'][0]:.2f} -> {max(c['margin']):.2f}  eta {eta:.0f}s", flush=True)
-    except ValueError as e:
-        print(e, flush=True)
-        return {"percent": None, "why": str(e)}
-    return summary(cells)
+def attack(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings, folder: Path, log: list[dict],
+           control: str = "") -> dict:
+    """{attack: its summary}; cells are logged as they finish, an impossible attack is a cell that says why."""
+    known, start, result = [r for r in log if r.get("control") == control], time.time(), {}
+    for label, cells in attacks(model, tokenizer, pool, s, known):
+        found = []
+        try:
+            for c in cells:
+                found.append(c if c in known else note(folder, log, {"control": control, **c}))
+                print(f"{label}{' on ' * bool(control)}{control}  draw {c['seed']}  lr {c['lr']:g}  FS max "
+                      f"{max(c['FS']):.1f} of n {c['n']}  margin {c['margin'][0]:.2f} -> {max(c['margin']):.2f}  "
+                      f"{time.time() - start:.0f}s", flush=True)
+            result[label] = summary(found)
+        except ValueError as e:
+            print(e, flush=True)
+            result[label] = {"percent": None, "why": str(e)}
+    return result
+
+
+def mean_cell(cells: list[dict | None]) -> dict | None:
+    """One cell of several runs: their mean, its spread, and the mean of their intervals (they share their items)."""
+    cells = [c for c in cells if c and c["percent"] is not None]
+    if not cells:
+        return None
+    mean = {key: round(statistics.mean(c[key] for c in cells), 2) for key in ("percent", "low", "high")}
+    return mean | {"sd": round(statistics.pstdev(c["percent"] for c in cells), 2),
+                   "n": round(statistics.mean(c["n"] for c in cells)), "runs": len(cells)}
+
+
+def compare(s: Settings, methods: list[str], folder: Path) -> dict[str, dict]:
+    """Tables 1 and 2: each method at its lowest learning rate that converges, over seeds; a finished run is kept.
+
+    The rate is found by bisection over --lrs (a higher one is taken to converge too) with the first beta or alpha;
+    then, at that rate, the beta or alpha that keeps the retain set best. The test set and the attacks choose nothing.
+    """
+    start, rows, path = time.time(), {}, source(s, folder)
+    write_json(folder / "settings.json", asdict(s))
+    s = replace(s, model=path, teach="", resume="", name="")
+    grids = {"dpo": ("beta", s.betas), "npo": ("beta", s.betas), "rmu": ("rmu_alpha", s.rmu_alphas)}
+
+    def one(seed: int = 0, attacked: bool = False, **chosen) -> dict:
+        name = " ".join([chosen["method"], *(f"{k}={v:g}" for k, v in chosen.items() if k != "method"), f"seed={seed}"])
+        run, path = replace(s, seed=seed, attack_seeds=int(attacked), **chosen), folder / name / "result.json"
+        run.backbone = run.backbone if run.method == "ssiuu" else run.method
+        result = read_json(path, default={})
+        if not result or attacked and "attacks" not in result:
+            result = experiment(run, folder / name, rows.get("Default"), every=10)
+            (folder / name / "state.safetensors").unlink(missing_ok=True)
+        rows.setdefault("Default", result["before"])
+        return result
+
+    for method in methods:
+        key, grid = grids.get(method, ("", (None,)))
+        extra = [{key: value} if key else {} for value in grid]
+        low, high, lrs = 0, len(s.lrs) - 1, sorted(s.lrs)
+        while low < high:
+            middle = (low + high) // 2
+            reached = one(method=method, lr=lrs[middle], **extra[0])["after"]["reached"]
+            low, high = (low, middle) if reached else (middle + 1, high)
+        tried = [(one(method=method, lr=lrs[low], **e)["after"], e) for e in extra]
+        after, best = max(tried, key=lambda pair: (pair[0]["reached"], pair[0]["retain"]["percent"]))
+        runs = [one(seed, True, method=method, lr=lrs[low], **best) for seed in range(s.seeds)]
+        rows[method] = {
+            "lr": lrs[low], **best, "reached": [r["after"]["reached"] for r in runs],
+            "steps": [r["after"]["steps"] for r in runs],
+            **{k: mean_cell([r["after"].get(k) for r in runs]) for k in ("FS", "RS", "US", "retain")},
+            "attacks": {label: mean_cell([r["attacks"][label] for r in runs]) for label in runs[0]["attacks"]}}
+        write(folder / "table.md", (table(rows) + "\n").encode())
+        print(f"\n{table(rows)}\n{time.time() - start:.0f} s\n", flush=True)
+    return rows
 
 
 def provenance() -> dict:
@@ -486,9 +716,8 @@ def bench(s: Settings) -> None:
         print(f"{i:6} {seconds[i][-1]:7.2f} s  {2 * n * K / seconds[i][-1]:7.0f} tokens/s  {memory[i][-1]:6.2f} GB",
               flush=True)
     ratios = sorted(b / a for a, b in zip(seconds["gd"][2:], seconds["ssiuu"][2:]))
-    Path("runs").mkdir(exist_ok=True)
     result = {"model": s.model, "B": n, "K": K, "seconds": seconds, "GB": memory, "time_ratios": ratios, **provenance()}
-    write(Path("runs", "bench.json"), (json.dumps(result, indent=1) + "\n").encode())
+    write_json(Path("runs/bench.json"), result)
     print(f"SSIUU / GD, B={n}, K={K}: time {ratios[2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, n=5)  "
           f"memory {max(memory['ssiuu']) / max(memory['gd'][:2]):.2f}")
 
@@ -496,8 +725,9 @@ def bench(s: Settings) -> None:
 def main() -> None:
     s = read_flags(Settings, __doc__)
     check_device(s.device)
-    expect(method=(s.method, s.method in ("ssiuu", "gd", "ga"), "ssiuu, gd or ga"),
-           backbone=(s.backbone, s.backbone in ("gd", "ga"), "gd or ga"),
+    methods = list(METHODS) if s.method == "all" else s.method.split(",")
+    expect(method=(s.method, all(m in METHODS for m in methods), f"all, or some of {', '.join(METHODS)}"),
+           backbone=(s.backbone, s.backbone in ("gd", "ga", "dpo", "npo", *methods), "gd, ga, dpo or npo"),
            anchor=(s.anchor, s.anchor in ("previous", "initial"), "previous or initial"),
            target=(s.target, s.target in ("prob", "logprob"), "prob or logprob"),
            scope=(s.scope, s.scope in ("all", "linear"), "all or linear"),
@@ -509,11 +739,30 @@ def main() -> None:
            batch_size=(s.batch_size, s.batch_size >= 0, "0 or more"),
            micro_batch=(s.micro_batch, s.micro_batch >= 0, "0 or more"),
            attack_epochs=(s.attack_epochs, s.attack_epochs > 0, "at least 1"),
+           benign_lrs=(s.benign_lrs, all(0 < lr < 1 for lr in s.benign_lrs), "numbers between 0 and 1"),
+           benign=(s.benign, not s.benign or Path(s.benign).is_file(), "an Alpaca file, or '' for no benign attack"),
+           bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"),
+           utility=(s.utility, not s.utility or Path(s.utility).is_dir(), "a folder"),
+           lrs=(s.lrs, all(0 < lr < 1 for lr in s.lrs), "numbers between 0 and 1"),
+           seeds=(s.seeds, s.seeds > 0, "at least 1"), beta=(s.beta, s.beta > 0, "a number above 0"),
+           klue_share=(s.klue_share, 0 < s.klue_share <= 1, "a share from 0 to 1"),
            resume=(s.resume, not s.resume or Path(s.resume).is_dir(), "the folder of a run"))
-    s.backbone = s.method if s.method != "ssiuu" else s.backbone
     # No cache: it would keep the cast weights of the first step for as long as this block lasts.
     with torch.autocast(torch.device(s.device).type, torch.bfloat16, s.dtype == "bfloat16", cache_enabled=False):
-        bench(s) if s.bench else experiment(s)
+        if s.bench:
+            return bench(s)
+        start, folder = time.time(), Path(s.resume) if s.resume else new_folder(s)
+        if len(methods) > 1:
+            rows = compare(s, methods, folder)
+            result = {"settings": asdict(s), "rows": rows, **provenance(), "seconds": round(time.time() - start, 1)}
+            write_json(folder / "result.json", result)
+        else:
+            s.backbone = s.method if s.method != "ssiuu" else s.backbone
+            result = experiment(s, folder)
+            rows = {"Default": result["before"], s.method: {**result["after"], "attacks": result.get("attacks", {})}}
+            rows |= {name: {"attacks": found} for name, found in result.get("controls", {}).items()}
+            print("\n" + table(rows))
+        print(f"\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from evaluate import run
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--test-limit", "8", "--attack-seeds", "1", "--attack-epochs", "1", "--attack-lrs", "1e-4", "--tau", "0.97"]
+QUICK = ["--test-limit", "8", "--attack-seeds", "1", "--attack-epochs", "1", "--attack-lrs", "1e-4", "--tau", "0.97",
+         "--benign-rows", "8", "--benign-lrs", "1e-4", "--benign-points", "2"]
 
 
 def command(folder, script, *flags):
     """Runs a command in `folder`, so that runs/ appears there."""
     paths = ["--model", str(ROOT / "data/tiny"), "--forget", str(ROOT / "data/faithun.json")]
+    paths += ["--benign", str(ROOT / "data/instructions.json")] if script != "evaluate.py" else []
     return subprocess.run([sys.executable, str(ROOT / script), *paths, *flags], cwd=folder, capture_output=True, text=True)
 
 
@@ -34,7 +36,8 @@ def test_the_main_command_writes_the_papers_row(finished):
     run = folder / "runs/ssiuu-tiny"
     result = json.loads((run / "result.json").read_text())
     assert result["after"]["FS"]["percent"] <= 97 < result["before"]["FS"]["percent"] and result["after"]["reached"]
-    assert set(result["harmful"]) == {"0.1", "0.3"} and result["after"]["RS"]["n"] == 8
+    assert list(result["attacks"]) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign", "int8", "int4"]
+    assert result["after"]["RS"]["n"] == 8 and not result["controls"]
     assert "| ssiuu | " in printed and "step 1/60  L " in printed
     kinds = [json.loads(line)["kind"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert kinds[0] == "before" and kinds[1] == "step" and "after" in kinds
@@ -48,12 +51,43 @@ def test_the_checkpoint_can_be_scored_and_attacked_alone(finished):
     after = json.loads((run / "result.json").read_text())["after"]
     assert json.loads(out.stdout)["FS"] == after["FS"] and json.loads(out.stdout)["RS"] == after["RS"]
     out = command(folder, "attack.py", "--model", str(run), "--p", "0.3", "--attack-lrs", "1e-4", "--attack-seeds", "1",
-                  "--attack-epochs", "1")
+                  "--attack-epochs", "1", "--benign", "", "--bits", "4", "--control", str(ROOT / "data/tiny"))
     wrong = round(after["FS"]["n"] * (1 - after["FS"]["percent"] / 100))
     if wrong < 2:  # too few false answers: said in one line
-        assert out.returncode == 1 and "answered falsely" in out.stderr
+        assert "answered falsely" in out.stdout + out.stderr
     else:
-        assert json.loads(out.stdout.splitlines()[-1])["n"] < wrong
+        summaries = [r for r in map(json.loads, out.stdout.splitlines()) if r["kind"] == "summary"]
+        assert [(r["model"], r["attack"]) for r in summaries] == [
+            (name, kind) for name in (str(run), str(ROOT / "data/tiny")) for kind in ("Harmful p = 0.3", "int4")]
+        assert [r["n"] for r in summaries[:2]] == [r["n"] for r in summaries[2:]] == [summaries[0]["n"], wrong]
+        assert summaries[0]["n"] < wrong
+
+
+def test_several_methods_make_the_table_and_a_finished_run_is_never_run_again(tmp_path):
+    """Killed twice: in the second method, and between the last cell and the table."""
+    flags = [*QUICK, "--method", "ga,npo", "--lrs", "1e-5", "5e-4", "1e-3", "--betas", "0.1", "0.5", "--seeds", "2",
+             "--steps", "30", "--p", "0.3", "--bits", "8"]
+    out = command(tmp_path, "ssiuu.py", *flags, "--name", "all")
+    assert out.returncode == 0, out.stderr
+    folder = tmp_path / "runs/all"
+    whole, table = json.loads((folder / "result.json").read_text()), (folder / "table.md").read_text()
+    assert list(whole["rows"]) == ["Default", "ga", "npo"] and table.splitlines()[3].startswith("| ga | ")
+    for row in (whole["rows"]["ga"], whole["rows"]["npo"]):
+        assert row["reached"] == [True, True] and row["lr"] in (1e-5, 5e-4, 1e-3) and row["FS"]["runs"] == 2
+        assert list(row["attacks"]) == ["Harmful p = 0.3", "Benign", "int8"]
+    tried = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name.startswith("npo"))
+    assert any("beta=0.5" in name for name in tried) and f"npo lr={whole['rows']['npo']['lr']:g} beta=" in " ".join(tried)
+    (folder / "result.json").unlink()
+    last = folder / next(name for name in reversed(tried) if name.endswith("seed=1"))
+    cut = [line for line in (last / "log.jsonl").read_text().splitlines() if json.loads(line)["kind"] != "quantise"]
+    (last / "log.jsonl").write_text("\n".join(cut[:-1]) + "\n")
+    (last / "result.json").unlink()
+    stamps = {f: f.stat().st_mtime_ns for f in folder.glob("*/result.json")}
+    out = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/all"], cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert out.returncode == 0 and (folder / "table.md").read_text() == table, out.stderr
+    assert {f: f.stat().st_mtime_ns for f in stamps} == stamps and "step " not in out.stdout
+    assert json.loads((folder / "result.json").read_text())["rows"] == whole["rows"]
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
@@ -106,15 +140,19 @@ def test_bfloat16_follows_float32(tmp_path):
     ("ssiuu.py", ["--tau", "1", "--test-limit", "4"], ["before unlearning"]),
     ("ssiuu.py", ["--splits", "."], ["forget_set_split.txt"]),
     ("ssiuu.py", ["--unknown", "1"], ["--unknown"]),
+    ("ssiuu.py", ["--benign", "nowhere.json"], ["--benign", "nowhere.json"]),
+    ("ssiuu.py", ["--method", "gd,magic"], ["--method", "gd,magic"]),
+    ("ssiuu.py", ["--retain", "nowhere.json"], ["faithun.json", "line 1"]),
     ("evaluate.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
     ("attack.py", ["--p", "0"], ["--p"]),
 ])
 def test_bad_input_ends_in_one_line_and_a_status(tmp_path, monkeypatch, capsys, script, flags, words):
     """In this process, to save the start of an interpreter; the subprocess above shows that the status gets out."""
     module = __import__(script.removesuffix(".py"))
+    benign = ["--benign", str(ROOT / "data/instructions.json")] if script != "evaluate.py" else []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, "--model", str(ROOT / "data/tiny"), "--forget",
-                                      str(ROOT / "data/faithun.json"), *flags])
+                                      str(ROOT / "data/faithun.json"), *benign, *flags])
     with pytest.raises(SystemExit) as e:
         run(module.main)
     last = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Scores and attack against counts by hand, numpy-free formulas and one-at-a-time runs."""
+"""Scores against counts by hand, numpy-free formulas and one-at-a-time runs."""
 import math
 import random
 from pathlib import Path
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import evaluate
-from attack import harmful_attack, summary
 from data import Example, load_faithun, mcqa_prompt, split
 from evaluate import accuracy, answered, margin, normalise, score, wilson
 from model import generate, load
@@ -67,40 +66,6 @@ def test_margin_by_plain_loops(tiny):
             values.append(sum(logp[len(x) + i - 1, t].item() for i, t in enumerate(y)) / len(y))
         truth, lead = truth + values[0] / 3, lead + (values[0] - max(values[1:])) / 3
     assert margin(model, tokenizer, C_f[:3]) == pytest.approx((truth, lead), rel=1e-4)
-
-
-def hidden(examples):
-    """Items with the truth among the false options: the model answers them all falsely."""
-    return [Example(e.question, [e.false_options[0]], [e.answers[0], e.false_options[1]]) for e in examples]
-
-
-def test_harmful_attack_splits_the_false_answers_and_restores_the_weights(tiny):
-    model, tokenizer, (C_f, _, _) = tiny
-    items, before = hidden(C_f[:8]) + C_f[8:10], [p.detach().clone() for p in model.parameters()]
-    cells = list(harmful_attack(model, tokenizer, items, 0.3, (1e-3, 1e-4), seeds=2, epochs=2))
-    assert [(c["seed"], c["lr"]) for c in cells] == [(0, 1e-3), (0, 1e-4), (1, 1e-3), (1, 1e-4)]
-    assert all(c["n"] == 6 and c["retrained"] == 2 and len(c["FS"]) == len(c["margin"]) == 3 for c in cells)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    again = list(harmful_attack(model, tokenizer, items, 0.3, (1e-3, 1e-4), seeds=2, epochs=2))
-    assert again == cells
-    known = [{**cells[0], "FS": [0, 99.0, 0]}]
-    assert next(harmful_attack(model, tokenizer, items, 0.3, (1e-3,), seeds=2, epochs=2, known=known)) == known[0]
-
-
-def test_an_empty_pool_or_rest_is_said(tiny):
-    model, tokenizer, (C_f, _, _) = tiny
-    for items in (C_f[:3], hidden(C_f[:1])):
-        with pytest.raises(ValueError, match="answered falsely"):
-            list(harmful_attack(model, tokenizer, items, 0.1, (1e-5,), seeds=1, epochs=1))
-
-
-def test_summary_takes_the_maximum_then_the_mean_over_draws():
-    def cell(seed, lr, FS):
-        return {"seed": seed, "lr": lr, "n": 20, "retrained": 2, "FS": FS, "logp": [-3, -2], "margin": [-1, 0]}
-    out = summary([cell(0, 1, [0, 10, 5]), cell(0, 2, [0, 20, 5]), cell(1, 1, [0, 40, 0]), cell(1, 2, [0, 5, 0])])
-    assert out["percent"] == 30 and out["sd"] == 10 and out["lr_of_max"] == [2, 1] and out["n"] == 20
-    assert (out["logp_before"], out["logp_max"], out["margin_before"], out["margin_max"]) == (-3, -2, -1, 0)
-    assert (out["low"], out["high"]) == wilson(30, 20)
 
 
 def test_flags_take_the_models_own_values_unless_given(tmp_path):

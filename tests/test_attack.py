@@ -1,0 +1,338 @@
+"""Attacks: what they change, what they leave as it was, and what they never score."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import attack
+from attack import (benign_attack, falsely_answered, forgetting_score, harmful_attack, projections, quantisation_attack,
+                    quantise, retrain, summary)
+from data import Example, collate, encode, load_alpaca, load_faithun, split
+from evaluate import wilson
+from model import answer_logprob, load
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model, tokenizer = load(ROOT / "data/tiny")
+    return model, tokenizer, split(load_faithun(ROOT / "data/faithun.json"), ROOT / "data/faithun_splits")[0]
+
+
+@pytest.fixture
+def tiny(loaded):
+    """Every test ends with the weights it began with, and with each of them still learning."""
+    model, before = loaded[0], [w.detach().clone() for w in loaded[0].parameters()]
+    yield loaded
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    for w, w_before in zip(model.parameters(), before):
+        w.data.copy_(w_before)
+    assert same and all(w.requires_grad and w.grad is None for w in model.parameters())
+    assert not any(layer._forward_hooks for layer in projections(model))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "alpaca.json"
+    file.write_text(json.dumps([{"instruction": f"Say {i} times {word}.", "input": "", "output": word * (i + 1)}
+                                for i, word in enumerate(("river", "stone", "cloud", "tree", "house", "road", "sea"))]))
+    return load_alpaca(file)
+
+
+def hidden(examples):
+    """Items with the truth among the false options: the model answers them all falsely."""
+    return [Example(e.question, [e.false_options[0]], [e.answers[0], e.false_options[1]]) for e in examples]
+
+
+def encoded(tokenizer, examples):
+    return [encode(tokenizer, e.question, e.answers[0]) for e in examples]
+
+
+def copies(model):
+    return {name: w.detach().clone() for name, w in model.named_parameters()}
+
+
+def put_back(model, before):
+    for name, w in model.named_parameters():
+        w.data.copy_(before[name])
+
+
+# ------------------------------------------------------------------------------------------------ retraining
+
+
+def test_rank_0_is_plain_adamw_on_every_weight(tiny):
+    model, tokenizer, C_f = tiny
+    data, before = encoded(tokenizer, hidden(C_f[:6])), copies(model)
+    losses = list(retrain(model, data, 1e-3, 2, 4, torch.Generator().manual_seed(5)))
+    found = copies(model)
+    put_back(model, before)
+    data.sort(key=lambda row: len(row[0]))
+    parts, draw, expected = [data[:4], data[4:]], torch.Generator().manual_seed(5), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    for _ in range(2):
+        epoch = []
+        for i in torch.randperm(2, generator=draw).tolist():
+            loss = -answer_logprob(model, collate(parts[i])).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            epoch.append(loss.item())
+        expected.append(sum(epoch) / 2)
+    optimizer.zero_grad()
+    same = all(torch.equal(w, found[name]) for name, w in model.named_parameters())
+    put_back(model, before)
+    assert same and losses == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_lora_adds_a_matrix_of_its_rank_to_block_weights_alone(tiny, steps):
+    """Also where the caller stops early; what was scored through the hooks is what the merged weights score."""
+    model, tokenizer, C_f = tiny
+    data, before = encoded(tokenizer, hidden(C_f[:6])), copies(model)
+    model.model.norm.weight.requires_grad_(False)  # a weight that was frozen before stays frozen
+    run = retrain(model, data, 1e-2, 2, 4, torch.Generator().manual_seed(0), rank=3)
+    for _ in range(steps):
+        next(run)
+    with torch.no_grad():
+        hooked = model(torch.tensor([data[0][0]]))
+        run.close()
+        merged, after = model(torch.tensor([data[0][0]])), copies(model)
+    frozen = [name for name, w in model.named_parameters() if not w.requires_grad]
+    model.requires_grad_(True)
+    put_back(model, before)
+    assert torch.allclose(hooked, merged, atol=1e-3) and frozen == ["model.norm.weight"]
+    for name in before:
+        change = (after[name] - before[name]).double()
+        if "_proj" in name:
+            values = torch.linalg.svdvals(change)
+            assert values[2] > 0 and values[3] < 1e-4 * values[0], name
+        else:
+            assert not change.any(), name
+
+
+def test_lora_starts_where_the_model_is_and_learns(tiny):
+    model, tokenizer, C_f = tiny
+    data, before = encoded(tokenizer, hidden(C_f[:4])), copies(model)
+    with torch.no_grad():
+        start = -answer_logprob(model, collate(data)).mean().item()
+    losses = list(retrain(model, data, 1e-2, 8, 4, torch.Generator().manual_seed(0), rank=8))
+    put_back(model, before)
+    assert losses[0] == pytest.approx(start, rel=1e-5) and losses[-1] < 0.5 * start
+
+
+@pytest.mark.parametrize("points, wanted", [(1, [7]), (3, [2, 4, 7]), (7, [*range(1, 8)]), (20, [*range(1, 8)])])
+def test_points_are_regular_and_average_what_lies_between(tiny, rows, points, wanted, monkeypatch):
+    model, tokenizer, _ = tiny
+    losses = []
+
+    def counted(*args):
+        losses.append(answer_logprob(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(attack, "answer_logprob", counted)
+    ends, before = [0], copies(model)
+    for mean in retrain(model, encoded(tokenizer, rows), 1e-4, 1, 1, torch.Generator(), 0, points):
+        assert mean == pytest.approx(-torch.cat(losses[ends[-1]:]).mean().item())
+        ends.append(len(losses))
+    put_back(model, before)
+    assert ends[1:] == wanted
+
+
+# --------------------------------------------------------------------------------------------------- attacks
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What each attack retrained on and scored, while it still runs."""
+    calls = {"retrained": [], "rank": [], "scored": []}
+
+    def retrain_noted(model, rows, lr, epochs, size, generator, rank, points=1):
+        calls["retrained"].append(rows)
+        calls["rank"].append(rank)
+        return retrain(model, rows, lr, epochs, size, generator, rank, points)
+
+    def scored_noted(model, tokenizer, examples, *args):
+        calls["scored"].append(examples)
+        return forgetting_score(model, tokenizer, examples, *args)
+
+    monkeypatch.setattr(attack, "retrain", retrain_noted)
+    monkeypatch.setattr(attack, "forgetting_score", scored_noted)
+    return calls
+
+
+def test_the_pool_is_what_is_answered_falsely_and_all_of_tofu(tiny):
+    model, tokenizer, C_f = tiny
+    pool = falsely_answered(model, tokenizer, hidden(C_f[:4]) + C_f[4:6])
+    assert [e.question for e in pool] == [e.question for e in C_f[:4]]
+    tofu = [Example(e.question, e.answers) for e in C_f[:3]]
+    assert falsely_answered(model, tokenizer, tofu) == tofu
+    assert forgetting_score(model, tokenizer, pool) == 0 and forgetting_score(model, tokenizer, C_f[:4]) == 100
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_harmful_attack_scores_what_it_did_not_retrain_on(tiny, seen, rank):
+    model, tokenizer, C_f = tiny
+    pool = hidden(C_f[:8])
+    cells = list(harmful_attack(model, tokenizer, pool, 0.3, (1e-3, 1e-4), seeds=2, epochs=2, rank=rank))
+    assert [(c["seed"], c["lr"]) for c in cells] == [(0, 1e-3), (0, 1e-4), (1, 1e-3), (1, 1e-4)]
+    assert all(c["n"] == 6 and c["retrained"] == 2 and c["rank"] == rank for c in cells)
+    assert seen["rank"] == [rank] * 4
+    assert all(len(c["FS"]) == len(c["margin"]) == len(c["logp"]) == 3 and c["FS"][0] == 0 for c in cells)
+    assert seen["retrained"][0] == seen["retrained"][1] != seen["retrained"][2]
+    for i, scored in enumerate(seen["scored"]):
+        again = encoded(tokenizer, scored) + seen["retrained"][i // 3]
+        assert sorted(again) == sorted(encoded(tokenizer, pool))  # disjoint, and together the pool
+    assert cells[0]["logp"][2] != cells[1]["logp"][2]
+
+
+def test_a_cell_does_not_depend_on_those_before_it(tiny):
+    model, tokenizer, C_f = tiny
+    whole = list(harmful_attack(model, tokenizer, hidden(C_f[:6]), 0.5, (1e-3, 1e-4), seeds=1, epochs=1))
+    alone = list(harmful_attack(model, tokenizer, hidden(C_f[:6]), 0.5, (1e-4,), seeds=1, epochs=1))
+    assert alone == whole[1:]
+
+
+def test_a_control_is_measured_before_its_attack(tiny):
+    model, tokenizer, C_f = tiny
+    cell = next(harmful_attack(model, tokenizer, C_f[:6], 0.3, (1e-6,), seeds=1, epochs=1))
+    assert cell["FS"] == [100, 100] and summary([cell])["percent"] == 100
+
+
+def test_benign_attack_draws_rows_and_scores_the_whole_pool(tiny, rows, seen):
+    model, tokenizer, C_f = tiny
+    pool = hidden(C_f[:5])
+    cells = list(benign_attack(model, tokenizer, pool, rows, (1e-3, 1e-5), seeds=2, limit=6, points=3, size=2))
+    assert [(c["kind"], c["seed"], c["lr"], c["n"], c["retrained"]) for c in cells] == [
+        ("benign", seed, lr, 5, 6) for seed in (0, 1) for lr in (1e-3, 1e-5)]
+    assert all(len(c["FS"]) == len(c["logp"]) == len(c["margin"]) == 4 and "p" not in c for c in cells)
+    assert all(scored == pool for scored in seen["scored"])
+    first, _, second, _ = seen["retrained"]
+    assert first != second and all(row in encoded(tokenizer, rows) for row in first)
+    assert len({str(row) for row in first}) == 6
+    assert cells[0]["logp"][0] == cells[2]["logp"][0] and len({c["logp"][3] for c in cells}) == 4
+    whole = next(benign_attack(model, tokenizer, pool, rows, (1e-5,), seeds=1, limit=1000, points=1))
+    assert whole["retrained"] == 7 and summary([whole])["n"] == 5
+
+
+def test_known_cells_are_not_run_again(tiny, rows, seen):
+    model, tokenizer, C_f = tiny
+    pool = hidden(C_f[:4])
+
+    def both(**options):
+        return [*harmful_attack(model, tokenizer, pool, 0.5, (1e-3, 1e-4), seeds=1, epochs=1, **options),
+                *benign_attack(model, tokenizer, pool, rows, (1e-3, 1e-4), seeds=1, points=1, **options)]
+
+    fresh = both()
+    known = [{**c, "FS": [0, 99.0]} for c in fresh]
+    seen["scored"].clear()
+    assert both(known=known) == known and not seen["scored"]
+    assert both(known=known[1:3]) == [fresh[0], *known[1:3], fresh[3]] and len(seen["scored"]) == 4
+    assert both(known=known, rank=1)[0] not in known and seen["rank"][-4:] == [1] * 4
+
+
+def test_weights_come_back_after_an_error_and_an_early_end(tiny, rows, monkeypatch):
+    """The fixture compares the weights, requires_grad and the hooks."""
+    model, tokenizer, C_f = tiny
+    next(harmful_attack(model, tokenizer, hidden(C_f[:4]), 0.5, (1e-2,), seeds=2, epochs=1))
+    calls = []
+
+    def fails_late(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise FloatingPointError("stop")
+        return 0.0
+
+    monkeypatch.setattr(attack, "forgetting_score", fails_late)
+    for rank in (0, 2):
+        calls.clear()
+        with pytest.raises(FloatingPointError):
+            list(benign_attack(model, tokenizer, hidden(C_f[:4]), rows, (1e-2,), seeds=1, points=2, rank=rank))
+
+
+def test_nothing_to_score_is_said(tiny, rows):
+    model, tokenizer, C_f = tiny
+    for found in (harmful_attack(model, tokenizer, [], 0.1), harmful_attack(model, tokenizer, hidden(C_f[:1]), 0.1),
+                  benign_attack(model, tokenizer, [], rows)):
+        with pytest.raises(ValueError, match="answered falsely"):
+            list(found)
+    with pytest.raises(ValueError, match="quantise attack: no item answered falsely"):
+        list(quantisation_attack(model, tokenizer, [], 8))
+
+
+# ---------------------------------------------------------------------------------------------- quantisation
+
+
+def test_quantise_by_numpy(tiny):
+    model, before, error = tiny[0], copies(tiny[0]), {}
+    model.model.layers[0].mlp.up_proj.weight.data[3] = 0  # a row of zeros must not become NaN
+    start = copies(model)
+    for bits in (8, 4):
+        quantise(model, bits)
+        found = copies(model)
+        put_back(model, start)
+        for name, w in start.items():
+            if "_proj" not in name:
+                assert torch.equal(found[name], w), name
+                continue
+            W, top = w.numpy().astype(np.float64), 2 ** (bits - 1) - 1
+            step = np.abs(W).max(1, keepdims=True) / top
+            levels = np.divide(found[name].numpy(), step, out=np.zeros_like(W), where=step > 0)
+            assert np.abs(levels - levels.round()).max() < 1e-4 and np.abs(levels).max() <= top + 1e-4, name
+            assert (np.abs(found[name].numpy() - W) <= step / 2 * (1 + 1e-4)).all(), name  # the nearest level
+            error[bits] = error.get(bits, 0) + np.square(found[name].numpy() - W).sum()
+    put_back(model, before)
+    assert 0 < 100 * error[8] < error[4]
+
+
+def test_quantisation_attack_has_a_cell_for_each_number_of_bits(tiny):
+    model, tokenizer, C_f = tiny
+    wide, narrow = (next(quantisation_attack(model, tokenizer, C_f[:6], bits)) for bits in (8, 2))
+    assert (wide["kind"], wide["bits"], wide["n"], narrow["bits"]) == ("quantise", 8, 6, 2)
+    assert wide["FS"][0] == narrow["FS"][0] == 100 and wide["logp"][0] == narrow["logp"][0]
+    assert abs(wide["logp"][1] - wide["logp"][0]) < 0.2 < abs(narrow["logp"][1] - narrow["logp"][0])
+    assert summary([narrow])["n"] == 6 and summary([narrow])["draws"] == 1
+
+
+# --------------------------------------------------------------------------------------------------- summary
+
+
+def test_summary_takes_the_maximum_then_the_mean_over_draws():
+    def cell(seed, lr, FS):
+        return {"seed": seed, "lr": lr, "n": 20, "retrained": 2, "FS": FS, "logp": [-3, -2], "margin": [-1, 0]}
+    out = summary([cell(0, 1, [0, 10, 5]), cell(0, 2, [0, 20, 5]), cell(1, 1, [0, 40, 0]), cell(1, 2, [0, 5, 0])])
+    assert out["percent"] == 30 and out["sd"] == 10 and out["lr_of_max"] == [2, 1] and out["n"] == 20
+    assert (out["logp_before"], out["logp_max"], out["margin_before"], out["margin_max"]) == (-3, -2, -1, 0)
+    assert (out["low"], out["high"]) == wilson(30, 20)
+
+
+# --------------------------------------------------------------------------------------------------- command
+
+
+def test_the_command_attacks_a_control_on_the_same_pool(tiny, monkeypatch, capsys, tmp_path, rows):
+    """No shipped checkpoint is unlearned: the pool is set here, so that the tiny model is both."""
+    pools = iter([hidden(tiny[2][:3])])  # one pool: the control's own would be a second
+    monkeypatch.setattr(attack, "falsely_answered", lambda *args: next(pools))
+    flags = ["--p", "0.3", "0.9", "--attack-lrs", "1e-4", "--attack-epochs", "1", "--attack-seeds", "1", "--benign-lrs",
+             "1e-4", "--attack-rank", "1", "--benign", str(tmp_path / "alpaca.json"), "--bits", "4"]
+    paths = ["--model", str(ROOT / "data/tiny"), "--control", str(ROOT / "data/tiny/"), "--forget",
+             str(ROOT / "data/faithun.json")]
+    monkeypatch.setattr("sys.argv", ["attack.py", *paths, *flags])
+    attack.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2 * 7 and {line["model"] for line in lines} == {str(ROOT / "data/tiny")}
+    summaries = [line for line in lines[:7] if line["kind"] == "summary"]
+    assert [s["attack"] for s in summaries] == ["Harmful p = 0.3", "Harmful p = 0.9", "Benign", "int4"]
+    assert [s.get("n") for s in summaries] == [2, None, 3, 3] and "answered falsely" in summaries[1]["why"]
+    assert all(line["rank"] == 1 for line in lines if line["kind"] in ("harmful", "benign"))
+    assert lines[:7] == lines[7:]
+
+
+def test_the_command_says_that_nothing_was_forgotten(tiny, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["attack.py", "--model", str(ROOT / "data/tiny"), "--forget",
+                                     str(ROOT / "data/faithun.json"), "--benign", ""])
+    monkeypatch.setattr(attack, "answered", lambda model, tokenizer, C, **options: [True] * len(C))
+    with pytest.raises(ValueError, match="none of .* answered falsely"):
+        attack.main()
