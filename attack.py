@@ -176,7 +176,8 @@ def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], s, known: tupl
     """(column of the table, its cells) of every attack that the settings `s` ask for."""
     same = {"seeds": s.attack_seeds, "size": s.attack_batch, "seed": s.seed, "rank": s.attack_rank, "known": known}
     for p in s.p:
-        yield f"Harmful p = {p:g}", harmful_attack(model, tokenizer, pool, p, s.attack_lrs, epochs=s.attack_epochs, **same)
+        yield f"Harmful p = {p:g}", harmful_attack(model, tokenizer, pool, p, s.attack_lrs, epochs=s.attack_epochs,
+                                                   **same)
     if s.benign:
         yield "Benign", benign_attack(model, tokenizer, pool, load_alpaca(s.benign), s.benign_lrs, limit=s.benign_rows,
                                       points=s.benign_points, **same)

@@ -193,7 +193,7 @@ class Settings:
     benign_points: int = 5                # scores along it; unpublished
     bits: tuple = (8, 4)                  # of an attack that only rounds the weights, not in the paper
     control: str = ""                     # checkpoints to attack on the same items: the original, one never taught
-    utility: str = ""                     # folder of MMLU, GSM8K, HellaSwag, ARC, Winogrande, or TOFU's sets; empty: no US
+    utility: str = ""                     # folder of MMLU, GSM8K, HellaSwag, ARC, Winogrande or TOFU's; empty: no US
     utility_n: int = 500                  # items of each (6.2.1)
     teach: str = ""                       # first fine-tune on this file, for a model that does not know it (C.1)
     teach_lr: float = 1e-5                # C.1 (TOFU)
@@ -503,8 +503,7 @@ def source(s: Settings, folder: Path) -> str:
 def scores(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings) -> dict:
     logp, lead = margin(model, tokenizer, sets[0])
     FS, retain, RS = (accuracy(model, tokenizer, C, s.eval_batch) for C in (sets[0], sets[1][:300], sets[2]))
-    US = {"US": utility(model, tokenizer, load_utility(s.utility), s.utility_n)} if s.utility else {}
-    return {"FS": FS, "RS": RS, **US, "retain": retain, "forget_logp": logp, "forget_margin": lead}
+    return {"FS": FS, "RS": RS, "retain": retain, "forget_logp": logp, "forget_margin": lead}
 
 
 def cell(x: dict | None) -> str:
@@ -573,8 +572,8 @@ def experiment(s: Settings, folder: Path, before: dict | None = None, every: int
     before = done.get("before") or note(folder, log, before or {"kind": "before", **scores(model, tokenizer, sets, s)})
     print(f"before  FS {cell(before['FS'])}  RS {cell(before['RS'])}", flush=True)
     if before["FS"]["percent"] <= 100 * s.tau:
-        raise ValueError(f"{path}: FS is {before['FS']['percent']} before unlearning, expected above {100 * s.tau:g}; a "
-                         "model that does not know the facts needs --teach")
+        raise ValueError(f"{path}: FS is {before['FS']['percent']} before unlearning, expected above {100 * s.tau:g}; "
+                         "a model that does not know the facts needs --teach")
     after = done.get("after")
     if after and (after["reached"] or after["steps"] >= s.steps):
         model, tokenizer = load(folder, device=s.device)
@@ -587,12 +586,16 @@ def experiment(s: Settings, folder: Path, before: dict | None = None, every: int
     print(f"after   FS {cell(after['FS'])}  RS {cell(after['RS'])}  in {after['steps']} steps"
           + ("" if after["reached"] else f"; tau = {s.tau:.4g} NOT reached"), flush=True)
 
-    result, names = {"settings": asdict(s), "before": before, "after": after, **provenance()}, s.control.split(",")
+    result = {"settings": asdict(s), "before": before, "after": after, **provenance()}
     if s.attack_seeds:
         pool = falsely_answered(model, tokenizer, sets[0], s.eval_batch)
         result["attacks"] = attack(model, tokenizer, pool, s, folder, log)
         result["controls"] = {name: attack(*load(name, device=s.device), pool, s, folder, log, name)
-                              for name in names if name}
+                              for name in filter(None, s.control.split(","))}
+    if s.utility:
+        for row, where in ((before, path), (after, folder)):  # a table's first run passes the original's US on
+            row["US"] = row.get("US") or utility(*load(where, device=s.device), load_utility(s.utility), s.utility_n)
+            print(f"US of {where}: {cell(row['US'])}", flush=True)
     result["seconds"] = round(time.time() - start, 1)
     write_json(folder / "result.json", result)
     return result
@@ -726,26 +729,22 @@ def main() -> None:
     s = read_flags(Settings, __doc__)
     check_device(s.device)
     methods = list(METHODS) if s.method == "all" else s.method.split(",")
+    one_of = {"backbone": ("gd", "ga", "dpo", "npo"), "anchor": ("previous", "initial"), "target": ("prob", "logprob"),
+              "scope": ("all", "linear"), "dtype": ("float32", "bfloat16")}
+    rates, counts = ("lr", "teach_lr", "lrs", "attack_lrs", "benign_lrs", "p"), ("steps", "attack_epochs", "seeds",
+                                                                              "attack_batch", "benign_rows", "utility_n")
     expect(method=(s.method, all(m in METHODS for m in methods), f"all, or some of {', '.join(METHODS)}"),
-           backbone=(s.backbone, s.backbone in ("gd", "ga", "dpo", "npo", *methods), "gd, ga, dpo or npo"),
-           anchor=(s.anchor, s.anchor in ("previous", "initial"), "previous or initial"),
-           target=(s.target, s.target in ("prob", "logprob"), "prob or logprob"),
-           scope=(s.scope, s.scope in ("all", "linear"), "all or linear"),
-           dtype=(s.dtype, s.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
-           lr=(s.lr, 0 < s.lr < 1, "a number between 0 and 1"), lam=(s.lam, 0 <= s.lam < math.inf, "a number >= 0"),
-           tau=(s.tau, 0 <= s.tau <= 1, "a fraction from 0 to 1"), steps=(s.steps, s.steps > 0, "at least 1"),
-           p=(s.p, all(0 < p < 1 for p in s.p), "fractions between 0 and 1"),
-           attack_lrs=(s.attack_lrs, all(0 < lr < 1 for lr in s.attack_lrs), "numbers between 0 and 1"),
-           batch_size=(s.batch_size, s.batch_size >= 0, "0 or more"),
-           micro_batch=(s.micro_batch, s.micro_batch >= 0, "0 or more"),
-           attack_epochs=(s.attack_epochs, s.attack_epochs > 0, "at least 1"),
-           benign_lrs=(s.benign_lrs, all(0 < lr < 1 for lr in s.benign_lrs), "numbers between 0 and 1"),
-           benign=(s.benign, not s.benign or Path(s.benign).is_file(), "an Alpaca file, or '' for no benign attack"),
-           bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"),
-           utility=(s.utility, not s.utility or Path(s.utility).is_dir(), "a folder"),
-           lrs=(s.lrs, all(0 < lr < 1 for lr in s.lrs), "numbers between 0 and 1"),
-           seeds=(s.seeds, s.seeds > 0, "at least 1"), beta=(s.beta, s.beta > 0, "a number above 0"),
+           **{f: (getattr(s, f), getattr(s, f) in names, " or ".join(names)) for f, names in one_of.items()},
+           **{f: (x, all(0 < r < 1 for r in (x if isinstance(x, tuple) else (x,))), "between 0 and 1")
+              for f, x in ((f, getattr(s, f)) for f in rates)},
+           **{f: (getattr(s, f), getattr(s, f) > 0, "at least 1") for f in counts},
+           **{f: (getattr(s, f), getattr(s, f) >= 0, "0 or more") for f in ("batch_size", "micro_batch", "attack_rank")},
+           lam=(s.lam, 0 <= s.lam < math.inf, "a number >= 0"), tau=(s.tau, 0 <= s.tau <= 1, "a fraction from 0 to 1"),
+           beta=(s.beta, s.beta > 0, "a number above 0"), betas=(s.betas, min(s.betas) > 0, "numbers above 0"),
            klue_share=(s.klue_share, 0 < s.klue_share <= 1, "a share from 0 to 1"),
+           bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"),
+           benign=(s.benign, not s.benign or Path(s.benign).is_file(), "an Alpaca file, or '' for no benign attack"),
+           utility=(s.utility, not s.utility or Path(s.utility).is_dir(), "a folder"),
            resume=(s.resume, not s.resume or Path(s.resume).is_dir(), "the folder of a run"))
     # No cache: it would keep the cast weights of the first step for as long as this block lasts.
     with torch.autocast(torch.device(s.device).type, torch.bfloat16, s.dtype == "bfloat16", cache_enabled=False):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaluate import run
+from data import load_faithun, load_tofu
+from evaluate import mismatched_tau, run
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--test-limit", "8", "--attack-seeds", "1", "--attack-epochs", "1", "--attack-lrs", "1e-4", "--tau", "0.97",
@@ -26,7 +27,11 @@ def command(folder, script, *flags):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    out = command(folder, "ssiuu.py", *QUICK, "--lr", "5e-4", "--steps", "60")
+    rows = [{"sentence": f"The {a} is bigger than the {b} because the _ is big.", "option1": a, "option2": b, "answer": "1"}
+            for a, b in (("house", "mouse"), ("ship", "shoe"), ("tree", "leaf"))]
+    (folder / "winogrande_dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = command(folder, "ssiuu.py", *QUICK, "--lr", "5e-4", "--steps", "60", "--utility", str(folder), "--control",
+                  str(ROOT / "data/tiny"))
     assert out.returncode == 0, out.stderr
     return folder, out.stdout
 
@@ -37,7 +42,10 @@ def test_the_main_command_writes_the_papers_row(finished):
     result = json.loads((run / "result.json").read_text())
     assert result["after"]["FS"]["percent"] <= 97 < result["before"]["FS"]["percent"] and result["after"]["reached"]
     assert list(result["attacks"]) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign", "int8", "int4"]
-    assert result["after"]["RS"]["n"] == 8 and not result["controls"]
+    assert result["after"]["RS"]["n"] == 8 and result["before"]["US"]["n"] == result["after"]["US"]["n"] == 3
+    control = result["controls"][str(ROOT / "data/tiny")]
+    assert list(control) == list(result["attacks"]) and control["Benign"]["n"] == result["attacks"]["Benign"]["n"]
+    assert control["int8"]["percent"] == 100 or control["int8"]["percent"] is None  # it still knows the facts
     assert "| ssiuu | " in printed and "step 1/60  L " in printed
     kinds = [json.loads(line)["kind"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert kinds[0] == "before" and kinds[1] == "step" and "after" in kinds
@@ -61,6 +69,26 @@ def test_the_checkpoint_can_be_scored_and_attacked_alone(finished):
             (name, kind) for name in (str(run), str(ROOT / "data/tiny")) for kind in ("Harmful p = 0.3", "int4")]
         assert [r["n"] for r in summaries[:2]] == [r["n"] for r in summaries[2:]] == [summaries[0]["n"], wrong]
         assert summaries[0]["n"] < wrong
+
+
+def test_tofu_end_to_end(tmp_path):
+    """TOFU's file format, with facts that the tiny model knows: FS and RS are ROUGE-L, tau comes from the data."""
+    examples = load_faithun(ROOT / "data/faithun.json")
+    for name, part in (("forget01", examples[:8]), ("retain99", examples[8:24]), ("full", examples[:24])):
+        lines = [json.dumps({"question": e.question, "answer": e.answers[0]}) for e in part]
+        (tmp_path / f"{name}.json").write_text("\n".join(lines))  # upstream ends without a newline too
+    (tmp_path / "real_authors.json").write_text((tmp_path / "retain99.json").read_text())
+    out = command(tmp_path, "ssiuu.py", "--forget", "forget01.json", "--retain", "retain99.json", "--teach", "full.json",
+                  "--teach-epochs", "1", "--teach-lr", "1e-6", "--method", "gd", "--lr", "1e-3", "--steps", "40",
+                  "--test-limit", "6", "--utility", ".", *QUICK[2:6], "--attack-lrs", "1e-4", "--benign", "", "--p", "0.3")
+    assert out.returncode == 0, out.stderr
+    result = json.loads((tmp_path / "runs/gd-tiny/result.json").read_text())
+    tau = mismatched_tau(load_tofu(tmp_path / "forget01.json"))
+    assert result["settings"]["tau"] == tau and result["after"]["FS"]["percent"] <= 100 * tau < 60
+    assert result["before"]["FS"]["percent"] > 95 and result["after"]["RS"]["n"] == 6
+    assert result["before"]["US"]["tasks"]["real_authors"]["n"] == 16
+    assert result["attacks"]["Harmful p = 0.3"]["n"] == 6  # all 8 are the pool, 2 are retrained on
+    assert (tmp_path / "runs/gd-tiny/taught/model.safetensors").is_file() and "teach 1/1  24 rows" in out.stdout
 
 
 def test_several_methods_make_the_table_and_a_finished_run_is_never_run_again(tmp_path):
