@@ -66,6 +66,8 @@ def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator:
         for done in [i for _ in range(epochs) for i in range(1, len(parts) + 1)]:
             batch = parts[next(order)[0]]
             loss = -answer_logprob(model, batch).mean()
+            if not loss.isfinite():
+                raise FloatingPointError(f"retraining at {lr:g}: loss is {loss.item()}, expected a number: lower the rate")
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -108,7 +110,7 @@ def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Generator, sc
     ValueError where nothing is left to score.
     """
     def measure() -> tuple:
-        return forgetting_score(model, tokenizer, scored, eval_size), *margin(model, tokenizer, scored)
+        return forgetting_score(model, tokenizer, scored, eval_size), *margin(model, tokenizer, scored, 3 * eval_size)
 
     if not scored:
         raise ValueError(f"{cell['kind']} attack: no item answered falsely is left to score, expected at least one")
@@ -174,7 +176,8 @@ def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bi
 def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], s, known: tuple | list = ()
             ) -> Iterator[tuple[str, Iterator[dict]]]:
     """(column of the table, its cells) of every attack that the settings `s` ask for."""
-    same = {"seeds": s.attack_seeds, "size": s.attack_batch, "seed": s.seed, "rank": s.attack_rank, "known": known}
+    same = {"seeds": s.attack_seeds, "size": s.attack_batch, "seed": s.seed, "rank": s.attack_rank, "known": known,
+            "eval_size": s.eval_batch}
     for p in s.p:
         yield f"Harmful p = {p:g}", harmful_attack(model, tokenizer, pool, p, s.attack_lrs, epochs=s.attack_epochs,
                                                    **same)
@@ -182,23 +185,23 @@ def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], s, known: tupl
         yield "Benign", benign_attack(model, tokenizer, pool, load_alpaca(s.benign), s.benign_lrs, limit=s.benign_rows,
                                       points=s.benign_points, **same)
     for bits in s.bits:
-        yield f"int{bits}", quantisation_attack(model, tokenizer, pool, bits, known=known)
+        yield f"int{bits}", quantisation_attack(model, tokenizer, pool, bits, s.eval_batch, known)
 
 
 def summary(cells: list[dict]) -> dict:
-    """One table cell: per draw the maximum over epochs and learning rates, then mean and spread over the draws.
+    """One table cell: per draw the maximum after the attack began, over points and rates; mean and spread over draws.
 
     The interval is Wilson's at the mean with n of one draw: the draws share items, so n does not add up.
     """
     draws = [[c for c in cells if c["seed"] == draw] for draw in sorted({c["seed"] for c in cells})]
-    best = [max(draw, key=lambda c: max(c["FS"])) for draw in draws]
-    maxima, n = [max(c["FS"]) for c in best], best[0]["n"]
+    best = [max(draw, key=lambda c: max(c["FS"][1:])) for draw in draws]
+    maxima, n = [max(c["FS"][1:]) for c in best], best[0]["n"]
     mean = statistics.mean(maxima)
     low, high = wilson(mean, n)
     recovery = {}
     for key in ("logp", "margin"):
         recovery[f"{key}_before"] = statistics.mean(draw[0][key][0] for draw in draws)
-        recovery[f"{key}_max"] = statistics.mean(max(max(c[key]) for c in draw) for draw in draws)
+        recovery[f"{key}_max"] = statistics.mean(max(max(c[key][1:]) for c in draw) for draw in draws)
     return {"percent": round(mean, 2), "sd": round(statistics.pstdev(maxima), 2), "n": n, "low": low, "high": high,
             "draws": len(maxima), "retrained": best[0]["retrained"], "lr_of_max": [c["lr"] for c in best], **recovery}
 
@@ -222,18 +225,21 @@ class Settings:
     benign_points: int = 5                  # scores in a pass; unpublished
     bits: tuple = (8, 4)                    # of the rounded weights; not in the paper (Zhang et al. 2025)
     seed: int = 0                           # of the draws and the batches
+    eval_batch: int = 64                    # sequences at a time when scoring
     device: str = "cpu"                     # cpu, cuda, cuda:1, ...
 
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
     check_device(s.device)
-    positive = ("attack_epochs", "attack_batch", "attack_seeds", "benign_rows", "benign_points")
+    positive = ("attack_epochs", "attack_batch", "attack_seeds", "benign_rows", "benign_points", "eval_batch")
     expect(**{f: (getattr(s, f), all(0 < x < 1 for x in getattr(s, f)), "numbers between 0 and 1")
               for f in ("p", "attack_lrs", "benign_lrs")},
            **{f: (getattr(s, f), getattr(s, f) > 0, "at least 1") for f in positive},
            attack_rank=(s.attack_rank, s.attack_rank >= 0, "0 or more"),
            bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"))
+    if s.benign:
+        load_alpaca(s.benign)  # before the work, not after it
     (C_f, _, _), pool = splits_of(s.forget, s.splits, retain=s.retain), []
     for name in (s.model, *filter(None, s.control.split(","))):
         model, tokenizer = load(name, device=s.device)
@@ -247,7 +253,7 @@ def main() -> None:
                     print(json.dumps({"model": name, **c}), flush=True)
                     done.append(c)
                 result = summary(done)
-            except ValueError as e:
+            except (ValueError, FloatingPointError) as e:
                 result = {"percent": None, "why": str(e)}
             print(json.dumps({"model": name, "kind": "summary", "attack": label, **result}), flush=True)
 

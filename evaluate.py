@@ -349,7 +349,7 @@ class Settings:
     forget: str = "data/faithun.json"    # FaithUn file
     splits: str = ""                     # folder of FaithUn's split files; empty: faithun_splits beside --forget
     test_limit: int = 0                  # score RS on the first so many test items only; 0: all
-    seed: int = 0                        # of the options' order and the utility samples
+    seed: int = 0                        # of the utility samples
     utility: str = ""                    # folder of the utility tasks' files, for US; empty: no US
     utility_n: int = 500                 # sample so many items of each utility task
     device: str = "cpu"                  # cpu, cuda, cuda:1, ...
@@ -372,7 +372,9 @@ def main() -> None:
 
 def check_device(device: str) -> None:
     kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    expect(device=(device, device.split(":")[0] in kinds, " or ".join(kinds) + " on this machine"))
+    kind, _, index = device.partition(":")
+    expect(device=(device, kind in kinds and int(index or 0) < max(1, torch.cuda.device_count()),
+                   " or ".join(kinds) + " on this machine"))
 
 
 if __name__ == "__main__":

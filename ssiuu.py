@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from attack import attacks, falsely_answered, retrain, summary
-from data import Example, batches, collate, encode, load_tofu, load_utility, mcqa_prompt
+from data import Example, batches, collate, encode, load_alpaca, load_tofu, load_utility, mcqa_prompt
 from evaluate import (FFN, accuracy, check_device, expect, item_scores, margin, mismatched_tau, neuron_attribution,
                       read_flags, run, splits_of, utility)
 from model import LM, Tokenizer, answer_logprob, load, read_json, save, write, write_tensors
@@ -160,7 +160,7 @@ def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:
 class Settings:
     forget: str = "data/faithun.json"     # FaithUn file: questions, answers, false options (C.1), or TOFU's forget01
     retain: str = ""                      # TOFU's retain99, where --forget is TOFU's
-    splits: str = ""                      # folder of its split files (C.1: 5, 10, 70 %); empty: faithun_splits beside it
+    splits: str = ""                      # folder of FaithUn's split files (C.1: 5, 10, 70 %); empty: beside --forget
     model: str = "data/tiny"              # checkpoint directory or hub id
     method: str = "ssiuu"                 # ssiuu ga gd dpo npo rmu klue random, several with commas, or all (Table 1)
     backbone: str = "gd"                  # loss under SSIUU's penalty: gd (C.2 (7)), ga, dpo, npo
@@ -169,7 +169,7 @@ class Settings:
     steps: int = 100                      # T, at most; unpublished
     tau: float = 0.0                      # stop when FS <= tau (6.1); 0: 0.33, for TOFU recomputed (C.1: 0.1971)
     batch_size: int = 0                   # b and b_r; unpublished; 0: all of C_f, where Alg. 1 l.12 and Eq. 3 agree
-    micro_batch: int = 0                  # sequences in one graph, less memory for more time; 0: the whole batch
+    micro_batch: int = 0                  # sequences in one graph, less memory for more time (not RMU); 0: all
     per_example: bool = False             # square A per (x, y) as Eq. 6, not its sum over b as Alg. 1 l.11
     anchor: str = "previous"              # A_prev: previous step (Eq. 3), or initial (Section 1: original levels)
     target: str = "prob"                  # P: prob (Eq. 12), or logprob, which does not vanish with P
@@ -181,7 +181,7 @@ class Settings:
     klue_share: float = 0.1               # share of FFN neurons that KLUE updates (C.2 (6))
     klue_alpha: float = 10.0              # weight of its superficial knowledge (C.2 (6))
     klue_n: int = 5                       # mismatched questions per answer (C.2 (6))
-    p: tuple = (0.1, 0.3)                 # fractions of the forget set that the harmful attack retrains on (6.2.2)
+    p: tuple = (0.1, 0.3)                 # fractions of its pool that the harmful attack retrains on (6.2.2)
     attack_lrs: tuple = (1e-5, 5e-6, 1e-6)  # learning rates of the harmful attack (6.2.2)
     attack_epochs: int = 10               # unpublished
     attack_batch: int = 4                 # of both attacks; unpublished
@@ -275,10 +275,10 @@ def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -
             sums = sums + torch.cat([a.amax((0, 1)) for a in A.values()])
         return sums / len(pairs)
 
-    n, draw = len(C_f), random.Random(f"klue {s.seed}")
-    others = [[draw.choice([j for j in range(n) if j != i]) for i in range(n)] for _ in range(s.klue_n)]
+    draw = random.Random(f"klue {s.seed}")
+    others = [[x.question for x in C_f if x.answers[0] != e.answers[0]] for e in C_f]
     A = attribution_of([(e.question, e.answers[0]) for e in C_f])
-    wrong = [attribution_of([(C_f[j].question, e.answers[0]) for j, e in zip(js, C_f)]) for js in others]
+    wrong = [attribution_of([(draw.choice(qs), e.answers[0]) for qs, e in zip(others, C_f)]) for _ in range(s.klue_n)]
     return klue_mask(A, torch.stack(wrong), s.klue_alpha, s.klue_share)
 
 
@@ -294,15 +294,13 @@ def backbone_loss(model: LM, logp: Tensor, part: list[int], fixed: dict, s: Sett
 
 def forget_step(model: LM, phi: Tensors, b: dict[int, Row], state: State, s: Settings) -> dict:
     """Alg. 1 l.4-12 for the forget batch b, {index in C_f: row}: adds its gradient to .grad, renews state.A_prev."""
-    logps: dict[int, Tensor] = {}
-    L_f = [0.0]
+    logps, losses = {}, {}  # by item, and by first item of a part: with several parts SSIUU computes each twice
 
     def graph(part: list[int]) -> tuple[Tensor, Tensors]:
         logp = answer_logprob(model, collate([b[i] for i in part]).to(phi[0].device))
         L = backbone_loss(model, logp, part, state.fixed, s) * len(part) / len(b)                  # l.4
         P = logp.sum() if s.target == "logprob" else logp.exp().sum()
-        if part[0] not in logps:       # with several micro-batches each is computed twice
-            L_f[0] += L.item()
+        losses[part[0]] = L.item()
         logps.update(zip(part, logp.detach()))
         return L, list(torch.autograd.grad(P, phi, create_graph=True)) if s.method == "ssiuu" else []  # g of Eq. 12
 
@@ -314,7 +312,7 @@ def forget_step(model: LM, phi: Tensors, b: dict[int, Row], state: State, s: Set
         stats = {}
         for part in parts:
             graph(part)[0].backward()
-    return {"L": L_f[0], "P": torch.stack(list(logps.values())).exp().mean().item(), **stats}
+    return {"L": sum(losses.values()), "P": torch.stack(list(logps.values())).exp().mean().item(), **stats}
 
 
 def rmu_step(model: LM, phi: Tensors, b: dict[int, Row], b_r: list[Row], fixed: dict, s: Settings) -> dict:
@@ -467,8 +465,10 @@ def load_state(path: Path, model: LM, state: State) -> None:
 
 def read_log(path: Path) -> list[dict]:
     """The records of log.jsonl; a last line that a kill cut short is dropped."""
-    lines = path.read_text().split("\n") if path.is_file() else [""]
-    return [json.loads(line) for line in lines[:-1]]
+    *lines, cut = path.read_text().split("\n") if path.is_file() else [""]
+    if cut:
+        write(path, "".join(line + "\n" for line in lines).encode())
+    return [json.loads(line) for line in lines]
 
 
 def new_folder(s: Settings) -> Path:
@@ -488,6 +488,7 @@ def source(s: Settings, folder: Path) -> str:
     if not s.teach or (path / "model.safetensors").is_file():
         return str(path) if s.teach else s.model
     model, tokenizer = load(s.model, device=s.device)
+    write_json(folder / "settings.json", asdict(s))  # from here on there is something to --resume
     examples, rng, start = (load_tofu(s.teach) if s.retain else sum(splits_of(s.teach, s.splits, s.test_limit), [])
                             ), random.Random(f"teach {s.seed}"), time.time()
     rows = [encode(tokenizer, q, e.answers[0]) for e in examples
@@ -502,7 +503,8 @@ def source(s: Settings, folder: Path) -> str:
 
 def scores(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings) -> dict:
     logp, lead = margin(model, tokenizer, sets[0])
-    FS, retain, RS = (accuracy(model, tokenizer, C, s.eval_batch) for C in (sets[0], sets[1][:300], sets[2]))
+    FS, RS = (accuracy(model, tokenizer, C, s.eval_batch) for C in (sets[0], sets[2]))
+    retain = RS if s.retain else accuracy(model, tokenizer, sets[1], s.eval_batch)  # TOFU's C_t is part of its C_r
     return {"FS": FS, "RS": RS, "retain": retain, "forget_logp": logp, "forget_margin": lead}
 
 
@@ -529,7 +531,7 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     if (folder / "state.safetensors").is_file():
         load_state(folder / "state.safetensors", model, state)
     # Steps after the last saved state are run again, and what followed them is scored again.
-    log[:] = [r for r in log if r["kind"] in ("settings", "before") or r["kind"] == "step" and r["t"] <= state.t]
+    log[:] = [r for r in log if r["kind"] == "before" or r["kind"] == "step" and r["t"] <= state.t]
     write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
     first = state.t
     reached = any(r["kind"] == "step" and r["FS"] <= 100 * s.tau for r in log)  # killed between last step and save
@@ -562,6 +564,8 @@ def note(folder: Path, log: list[dict], record: dict) -> dict:
 def experiment(s: Settings, folder: Path, before: dict | None = None, every: int = 1) -> dict:
     """Teach (if asked), score, unlearn, score, attack; what is finished lies on disk and is not done again."""
     start, sets = time.time(), splits_of(s.forget, s.splits, s.test_limit, s.retain)
+    if len({e.answers[0] for e in sets[0]}) < 2:
+        raise ValueError(f"{s.forget}: found {len(sets[0])} items, expected at least two different answers")
     s = replace(s, tau=s.tau or (mismatched_tau(sets[0]) if s.retain else 0.33))
     log, path = read_log(folder / "log.jsonl"), source(s, folder)
     print(f"{folder}: {s.method} on {path}, forget {len(sets[0])}, retain {len(sets[1])}, test {len(sets[2])}, "
@@ -594,7 +598,8 @@ def experiment(s: Settings, folder: Path, before: dict | None = None, every: int
                               for name in filter(None, s.control.split(","))}
     if s.utility:
         for row, where in ((before, path), (after, folder)):  # a table's first run passes the original's US on
-            row["US"] = row.get("US") or utility(*load(where, device=s.device), load_utility(s.utility), s.utility_n)
+            row["US"] = row.get("US") or utility(*load(where, device=s.device), load_utility(s.utility), s.utility_n,
+                                              size=max(1, s.eval_batch // 4))
             print(f"US of {where}: {cell(row['US'])}", flush=True)
     result["seconds"] = round(time.time() - start, 1)
     write_json(folder / "result.json", result)
@@ -614,7 +619,7 @@ def attack(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings, fo
                       f"{max(c['FS']):.1f} of n {c['n']}  margin {c['margin'][0]:.2f} -> {max(c['margin']):.2f}  "
                       f"{time.time() - start:.0f}s", flush=True)
             result[label] = summary(found)
-        except ValueError as e:
+        except (ValueError, FloatingPointError) as e:
             print(e, flush=True)
             result[label] = {"percent": None, "why": str(e)}
     return result
@@ -634,50 +639,71 @@ def compare(s: Settings, methods: list[str], folder: Path) -> dict[str, dict]:
     """Tables 1 and 2: each method at its lowest learning rate that converges, over seeds; a finished run is kept.
 
     The rate is found by bisection over --lrs (a higher one is taken to converge too) with the first beta or alpha;
-    then, at that rate, the beta or alpha that keeps the retain set best. The test set and the attacks choose nothing.
+    then, at that rate, the beta or alpha that keeps the retain set best. FaithUn's test set and the attacks choose
+    nothing; TOFU's RS is on retain items, as in the paper.
     """
     start, rows, path = time.time(), {}, source(s, folder)
     write_json(folder / "settings.json", asdict(s))
-    s = replace(s, model=path, teach="", resume="", name="")
+    s, lrs = replace(s, model=path, teach="", resume="", name=""), sorted(s.lrs)
     grids = {"dpo": ("beta", s.betas), "npo": ("beta", s.betas), "rmu": ("rmu_alpha", s.rmu_alphas)}
-
-    def one(seed: int = 0, attacked: bool = False, **chosen) -> dict:
-        name = " ".join([chosen["method"], *(f"{k}={v:g}" for k, v in chosen.items() if k != "method"), f"seed={seed}"])
-        run, path = replace(s, seed=seed, attack_seeds=int(attacked), **chosen), folder / name / "result.json"
-        run.backbone = run.backbone if run.method == "ssiuu" else run.method
-        result = read_json(path, default={})
-        if not result or attacked and "attacks" not in result:
-            result = experiment(run, folder / name, rows.get("Default"), every=10)
-            (folder / name / "state.safetensors").unlink(missing_ok=True)
-        rows.setdefault("Default", result["before"])
-        return result
-
     for method in methods:
         key, grid = grids.get(method, ("", (None,)))
         extra = [{key: value} if key else {} for value in grid]
-        low, high, lrs = 0, len(s.lrs) - 1, sorted(s.lrs)
+        low, high = 0, len(lrs) - 1
         while low < high:
             middle = (low + high) // 2
-            reached = one(method=method, lr=lrs[middle], **extra[0])["after"]["reached"]
-            low, high = (low, middle) if reached else (middle + 1, high)
-        tried = [(one(method=method, lr=lrs[low], **e)["after"], e) for e in extra]
-        after, best = max(tried, key=lambda pair: (pair[0]["reached"], pair[0]["retain"]["percent"]))
-        runs = [one(seed, True, method=method, lr=lrs[low], **best) for seed in range(s.seeds)]
+            reached = sub_run(s, folder, rows, method=method, lr=lrs[middle], **extra[0])["after"]["reached"]
+            low, high = (middle + 1, high) if reached is False else (low, middle)
+        candidates = [{"method": method, "lr": lrs[low], **e} for e in extra]
+        tried = [(c, sub_run(s, folder, rows, **c)["after"]) for c in candidates]
+        best = max(tried, key=lambda pair: (pair[1]["reached"] or 0, pair[1].get("retain", {}).get("percent", -1)))[0]
+        runs = [sub_run(s, folder, rows, seed, True, **best) for seed in range(s.seed, s.seed + s.seeds)]
+        for loser in folder.glob(f"{method} *"):
+            if loser.name not in [r["name"] for r in runs]:
+                (loser / "model.safetensors").unlink(missing_ok=True)
         rows[method] = {
-            "lr": lrs[low], **best, "reached": [r["after"]["reached"] for r in runs],
-            "steps": [r["after"]["steps"] for r in runs],
+            **best, "runs": [r["name"] for r in runs], "reached": [r["after"]["reached"] for r in runs],
+            "steps": [r["after"].get("steps") for r in runs],
             **{k: mean_cell([r["after"].get(k) for r in runs]) for k in ("FS", "RS", "US", "retain")},
-            "attacks": {label: mean_cell([r["attacks"][label] for r in runs]) for label in runs[0]["attacks"]}}
+            "attacks": {label: mean_cell([r["attacks"].get(label) for r in runs]) for label in runs[0]["attacks"]}}
+        rows |= {f"{name}, items of {method}": {"attacks": x} for name, x in runs[0].get("controls", {}).items()}
         write(folder / "table.md", (table(rows) + "\n").encode())
         print(f"\n{table(rows)}\n{time.time() - start:.0f} s\n", flush=True)
     return rows
 
 
+def sub_run(s: Settings, folder: Path, rows: dict, seed: int | None = None, final: bool = False, **chosen) -> dict:
+    """One run of `compare`, or its result if it is finished: attacks, US and controls only where it is a final one.
+
+    A run that diverges has reached None: its rate is too high, which the search for the lowest wants to know.
+    """
+    seed = s.seed if seed is None else seed
+    name = " ".join([chosen["method"], *(f"{k}={v:g}" for k, v in chosen.items() if k != "method"), f"seed={seed}"])
+    part = replace(s, seed=seed, attack_seeds=int(final), utility=s.utility * final,
+                   control=s.control * (final and seed == s.seed), **chosen)
+    part.backbone = part.backbone if part.method == "ssiuu" else part.method
+    result, path = read_json(folder / name / "result.json", default={}), folder / name / "result.json"
+    if not result or final and "attacks" not in result:
+        try:
+            result = {"name": name, **experiment(part, folder / name, rows.get("Default"), every=10)}
+        except FloatingPointError as e:
+            print(e, flush=True)
+            result = {"name": name, "after": {"reached": None, "why": str(e)}, "attacks": {}}
+        write_json(path, result)
+        (folder / name / "state.safetensors").unlink(missing_ok=True)
+    if "before" in result:
+        rows.setdefault("Default", result["before"])
+    return result
+
+
 def provenance() -> dict:
     """What made a result: the commit, the versions, the machine."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                         text=True)
-    return {"commit": git.stdout.strip() or None, "torch": torch.__version__, "python": platform.python_version(),
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
+                             text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
+    return {"commit": git or None, "torch": torch.__version__, "python": platform.python_version(),
             "machine": platform.machine(), "threads": torch.get_num_threads()}
 
 
@@ -706,7 +732,7 @@ def bench(s: Settings) -> None:
     state = State(torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True))
     seconds, memory = {"gd": [], "ssiuu": []}, {"gd": [], "ssiuu": []}
     for i in ["gd", "gd", "ssiuu", "ssiuu"] + ["gd", "ssiuu"] * 5:  # the first two of each warm up
-        one, start = replace(s, method=i), time.time()
+        one, start = replace(s, method=i, backbone="gd"), time.time()
         peak = peak_memory(s.device)
         forget_step(model, scope_of(model, s.scope), dict(enumerate(rows[:n])), state, one)
         retain_step(model, rows[n:], one)
@@ -729,23 +755,36 @@ def main() -> None:
     s = read_flags(Settings, __doc__)
     check_device(s.device)
     methods = list(METHODS) if s.method == "all" else s.method.split(",")
-    one_of = {"backbone": ("gd", "ga", "dpo", "npo"), "anchor": ("previous", "initial"), "target": ("prob", "logprob"),
-              "scope": ("all", "linear"), "dtype": ("float32", "bfloat16")}
-    rates, counts = ("lr", "teach_lr", "lrs", "attack_lrs", "benign_lrs", "p"), ("steps", "attack_epochs", "seeds",
-                                                                              "attack_batch", "benign_rows", "utility_n")
+    one_of = {"backbone": ("gd", "ga", "dpo", "npo", *methods), "anchor": ("previous", "initial"),
+              "target": ("prob", "logprob"), "scope": ("all", "linear"), "dtype": ("float32", "bfloat16")}
+    rates = ("lr", "teach_lr", "lrs", "attack_lrs", "benign_lrs", "p")
+    positive = ["steps", "attack_epochs", "attack_batch", "benign_rows", "benign_points", "utility_n", "seeds",
+                "klue_n", "eval_batch", "save_every", "bench_tokens"]
+    natural = ["batch_size", "micro_batch", "attack_rank", "test_limit", "teach_epochs"]
+    (positive if len(methods) > 1 else natural).append("attack_seeds")  # without an attack there is no table
     expect(method=(s.method, all(m in METHODS for m in methods), f"all, or some of {', '.join(METHODS)}"),
            **{f: (getattr(s, f), getattr(s, f) in names, " or ".join(names)) for f, names in one_of.items()},
            **{f: (x, all(0 < r < 1 for r in (x if isinstance(x, tuple) else (x,))), "between 0 and 1")
               for f, x in ((f, getattr(s, f)) for f in rates)},
-           **{f: (getattr(s, f), getattr(s, f) > 0, "at least 1") for f in counts},
-           **{f: (getattr(s, f), getattr(s, f) >= 0, "0 or more") for f in ("batch_size", "micro_batch", "attack_rank")},
+           **{f: (getattr(s, f), getattr(s, f) > 0, "at least 1") for f in positive},
+           **{f: (getattr(s, f), getattr(s, f) >= 0, "0 or more") for f in natural},
            lam=(s.lam, 0 <= s.lam < math.inf, "a number >= 0"), tau=(s.tau, 0 <= s.tau <= 1, "a fraction from 0 to 1"),
            beta=(s.beta, s.beta > 0, "a number above 0"), betas=(s.betas, min(s.betas) > 0, "numbers above 0"),
            klue_share=(s.klue_share, 0 < s.klue_share <= 1, "a share from 0 to 1"),
            bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"),
            benign=(s.benign, not s.benign or Path(s.benign).is_file(), "an Alpaca file, or '' for no benign attack"),
            utility=(s.utility, not s.utility or Path(s.utility).is_dir(), "a folder"),
-           resume=(s.resume, not s.resume or Path(s.resume).is_dir(), "the folder of a run"))
+           control=(s.control, all(Path(c, "config.json").is_file() for c in s.control.split(",") if c),
+                    "checkpoint directories, divided by commas"),
+           resume=(s.resume, not s.resume or Path(s.resume, "settings.json").is_file(), "the folder of a run"))
+    begun = read_json(Path(s.resume, "settings.json")) if s.resume else {}
+    for f in set(begun) - {"resume", "name", "steps", "attack_seeds", "control", "utility", "utility_n", "device",
+                           "eval_batch", "micro_batch", "save_every", "seeds"}:
+        now = getattr(s, f)
+        expect(**{f: (now, json.loads(json.dumps(now)) == begun[f], f"{begun[f]!r}, as the run began")})
+    for read, file in ((load_alpaca, s.benign), (load_utility, s.utility)):  # before the work, not after it
+        if file:
+            read(file)
     # No cache: it would keep the cast weights of the first step for as long as this block lasts.
     with torch.autocast(torch.device(s.device).type, torch.bfloat16, s.dtype == "bfloat16", cache_enabled=False):
         if s.bench:

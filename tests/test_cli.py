@@ -145,6 +145,13 @@ def test_a_kill_after_the_threshold_takes_no_further_step(finished, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_resumed_run_keeps_its_settings(finished, tmp_path):
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    out = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/ssiuu-tiny", "--attack-epochs", "9"],
+                         cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 1 and "--attack-epochs: found 9, expected 1" in out.stderr
+
+
 def test_bfloat16_follows_float32(tmp_path):
     """Autocast's weight cache would freeze the forward pass at step 1: P would stay where it was."""
     P = {}
@@ -169,6 +176,10 @@ def test_bfloat16_follows_float32(tmp_path):
     ("ssiuu.py", ["--splits", "."], ["forget_set_split.txt"]),
     ("ssiuu.py", ["--unknown", "1"], ["--unknown"]),
     ("ssiuu.py", ["--benign", "nowhere.json"], ["--benign", "nowhere.json"]),
+    ("ssiuu.py", ["--control", "nowhere"], ["--control", "nowhere"]),
+    ("ssiuu.py", ["--utility", "."], ["mmlu", "winogrande_dev.jsonl"]),
+    ("ssiuu.py", ["--save-every", "0"], ["--save-every"]),
+    ("ssiuu.py", ["--method", "gd,ga", "--attack-seeds", "0"], ["--attack-seeds"]),
     ("ssiuu.py", ["--method", "gd,magic"], ["--method", "gd,magic"]),
     ("ssiuu.py", ["--retain", "nowhere.json"], ["faithun.json", "line 1"]),
     ("evaluate.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
