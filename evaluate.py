@@ -346,7 +346,8 @@ def run(main: Callable[[], None]) -> None:
 @dataclass
 class Settings:
     model: str = "data/tiny"             # checkpoint directory or hub id
-    forget: str = "data/faithun.json"    # FaithUn file
+    forget: str = "data/faithun.json"    # FaithUn file, or TOFU's forget01
+    retain: str = ""                     # TOFU's retain99, where --forget is TOFU's
     splits: str = ""                     # folder of FaithUn's split files; empty: faithun_splits beside --forget
     test_limit: int = 0                  # score RS on the first so many test items only; 0: all
     seed: int = 0                        # of the utility samples
@@ -360,10 +361,10 @@ def main() -> None:
     check_device(s.device)
     expect(utility_n=(s.utility_n, s.utility_n > 0, "a number above 0"))
     tasks = load_utility(s.utility) if s.utility else {}
-    C_f, C_r, C_t = splits_of(s.forget, s.splits, s.test_limit)
+    C_f, C_r, C_t = splits_of(s.forget, s.splits, s.test_limit, s.retain)
     model, tokenizer = load(s.model, device=s.device)
     result = {name: accuracy(model, tokenizer, examples)
-              for name, examples in (("FS", C_f), ("retain", C_r), ("RS", C_t))}
+              for name, examples in (("FS", C_f), ("RS", C_t), *([] if s.retain else [("retain", C_r)]))}
     if tasks:
         result["US"] = utility(model, tokenizer, tasks, s.utility_n, s.seed)
     logp, lead = margin(model, tokenizer, C_f)
