@@ -82,7 +82,7 @@ def test_rmu_step_counts_real_tokens_only_and_moves_three_down_proj():
 
 
 def test_klue_mask_prefers_what_only_the_right_question_shows():
-    A, wrong = torch.tensor([3.0, 2.0, 1.0, 0.5]), torch.tensor([[2.0, 0.0, -9.0, 0.0], [0.0, 0.0, -9.0, 0.0]])
+    A, wrong = torch.tensor([3.0, 2.0, 1.0, 0.5]), torch.tensor([[2.0, 0.0, 0.0, -9.0], [0.0, 0.0, 0.0, -9.0]])
     assert klue_mask(A, wrong, 10.0, 0.5).tolist() == [False, True, True, False]  # 3 - 10 < 0; -9 does not count
     assert klue_mask(A, wrong, 0.0, 0.25).tolist() == [True, False, False, False]
 
