@@ -374,7 +374,7 @@ def main() -> None:
 def check_device(device: str) -> None:
     kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     kind, _, index = device.partition(":")
-    expect(device=(device, kind in kinds and int(index or 0) < max(1, torch.cuda.device_count()),
+    expect(device=(device, kind in kinds and index in ("", *map(str, range(max(1, torch.cuda.device_count())))),
                    " or ".join(kinds) + " on this machine"))
 
 

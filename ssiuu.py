@@ -475,8 +475,7 @@ def new_folder(s: Settings) -> Path:
     """runs/<name>; the default name counts up where it is taken, a chosen one must be free."""
     name = s.name or f"{s.method.replace(',', '-')}-{Path(s.model).name}"
     expect(name=(s.name, not (s.name and Path("runs", s.name).exists()), "a new name, or --resume for that folder"))
-    names = [name] + [f"{name}-{k}" for k in range(2, 10000)]
-    return next(Path("runs", n) for n in names if not Path("runs", n).exists())
+    return next(p for p in (Path("runs", name + k) for k in ("", *(f"-{k}" for k in range(2, 10000)))) if not p.exists())
 
 
 def source(s: Settings, folder: Path) -> str:
@@ -590,20 +589,24 @@ def experiment(s: Settings, folder: Path, before: dict | None = None, every: int
     print(f"after   FS {cell(after['FS'])}  RS {cell(after['RS'])}  in {after['steps']} steps"
           + ("" if after["reached"] else f"; tau = {s.tau:.4g} NOT reached"), flush=True)
 
-    result = {"settings": asdict(s), "before": before, "after": after, **provenance()}
-    if s.attack_seeds:
-        pool = falsely_answered(model, tokenizer, sets[0], s.eval_batch)
-        result["attacks"] = attack(model, tokenizer, pool, s, folder, log)
-        result["controls"] = {name: attack(*load(name, device=s.device), pool, s, folder, log, name)
-                              for name in filter(None, s.control.split(","))}
-    if s.utility:
-        for row, where in ((before, path), (after, folder)):  # a table's first run passes the original's US on
-            row["US"] = row.get("US") or utility(*load(where, device=s.device), load_utility(s.utility), s.utility_n,
-                                              size=max(1, s.eval_batch // 4))
-            print(f"US of {where}: {cell(row['US'])}", flush=True)
-    result["seconds"] = round(time.time() - start, 1)
+    extra = robustness(model, tokenizer, sets[0], s, folder, log)
+    for row, where in ((before, path), (after, folder)) if s.utility else ():  # a table's first run passes US on
+        row["US"] = row.get("US") or utility(*load(where, device=s.device), load_utility(s.utility), s.utility_n,
+                                             size=max(1, s.eval_batch // 4))
+        print(f"US of {where}: {cell(row['US'])}", flush=True)
+    result = {"settings": asdict(s), "before": before, "after": after, **extra, **provenance(),
+              "seconds": round(time.time() - start, 1)}
     write_json(folder / "result.json", result)
     return result
+
+
+def robustness(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings, folder: Path, log: list[dict]) -> dict:
+    """Section 6.2.2: every attack on the unlearned model, and on the controls the same ones with the same items."""
+    if not s.attack_seeds:
+        return {}
+    pool, names = falsely_answered(model, tokenizer, C_f, s.eval_batch), filter(None, s.control.split(","))
+    return {"attacks": attack(model, tokenizer, pool, s, folder, log),
+            "controls": {c: attack(*load(c, device=s.device), pool, s, folder, log, c) for c in names}}
 
 
 def attack(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings, folder: Path, log: list[dict],
@@ -661,11 +664,12 @@ def compare(s: Settings, methods: list[str], folder: Path) -> dict[str, dict]:
         for loser in folder.glob(f"{method} *"):
             if loser.name not in [r["name"] for r in runs]:
                 (loser / "model.safetensors").unlink(missing_ok=True)
+        labels = dict.fromkeys(label for r in runs for label in r["attacks"])
         rows[method] = {
             **best, "runs": [r["name"] for r in runs], "reached": [r["after"]["reached"] for r in runs],
             "steps": [r["after"].get("steps") for r in runs],
             **{k: mean_cell([r["after"].get(k) for r in runs]) for k in ("FS", "RS", "US", "retain")},
-            "attacks": {label: mean_cell([r["attacks"].get(label) for r in runs]) for label in runs[0]["attacks"]}}
+            "attacks": {label: mean_cell([r["attacks"].get(label) for r in runs]) for label in labels}}
         rows |= {f"{name}, items of {method}": {"attacks": x} for name, x in runs[0].get("controls", {}).items()}
         write(folder / "table.md", (table(rows) + "\n").encode())
         print(f"\n{table(rows)}\n{time.time() - start:.0f} s\n", flush=True)
@@ -685,15 +689,14 @@ def sub_run(s: Settings, folder: Path, rows: dict, seed: int | None = None, fina
     result, path = read_json(folder / name / "result.json", default={}), folder / name / "result.json"
     if not result or final and "attacks" not in result:
         try:
-            result = {"name": name, **experiment(part, folder / name, rows.get("Default"), every=10)}
+            result = experiment(part, folder / name, rows.get("Default") or None, every=10)
         except FloatingPointError as e:
             print(e, flush=True)
-            result = {"name": name, "after": {"reached": None, "why": str(e)}, "attacks": {}}
-        write_json(path, result)
-        (folder / name / "state.safetensors").unlink(missing_ok=True)
-    if "before" in result:
-        rows.setdefault("Default", result["before"])
-    return result
+            result = {"after": {"reached": None, "why": str(e)}, "attacks": {}}
+            write_json(path, result)
+    (folder / name / "state.safetensors").unlink(missing_ok=True)
+    rows["Default"] = {**rows.get("Default", {}), **result.get("before", {})}  # its US comes with the first final run
+    return {"name": name, **result}
 
 
 def provenance() -> dict:
@@ -759,7 +762,7 @@ def main() -> None:
               "target": ("prob", "logprob"), "scope": ("all", "linear"), "dtype": ("float32", "bfloat16")}
     rates = ("lr", "teach_lr", "lrs", "attack_lrs", "benign_lrs", "p")
     positive = ["steps", "attack_epochs", "attack_batch", "benign_rows", "benign_points", "utility_n", "seeds",
-                "klue_n", "eval_batch", "save_every", "bench_tokens"]
+                "klue_n", "eval_batch", "save_every"]
     natural = ["batch_size", "micro_batch", "attack_rank", "test_limit", "teach_epochs"]
     (positive if len(methods) > 1 else natural).append("attack_seeds")  # without an attack there is no table
     expect(method=(s.method, all(m in METHODS for m in methods), f"all, or some of {', '.join(METHODS)}"),
@@ -770,6 +773,7 @@ def main() -> None:
            **{f: (getattr(s, f), getattr(s, f) >= 0, "0 or more") for f in natural},
            lam=(s.lam, 0 <= s.lam < math.inf, "a number >= 0"), tau=(s.tau, 0 <= s.tau <= 1, "a fraction from 0 to 1"),
            beta=(s.beta, s.beta > 0, "a number above 0"), betas=(s.betas, min(s.betas) > 0, "numbers above 0"),
+           bench_tokens=(s.bench_tokens, s.bench_tokens > 6, "at least 7, six of them the answer"),
            klue_share=(s.klue_share, 0 < s.klue_share <= 1, "a share from 0 to 1"),
            bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"),
            benign=(s.benign, not s.benign or Path(s.benign).is_file(), "an Alpaca file, or '' for no benign attack"),
@@ -777,14 +781,14 @@ def main() -> None:
            control=(s.control, all(Path(c, "config.json").is_file() for c in s.control.split(",") if c),
                     "checkpoint directories, divided by commas"),
            resume=(s.resume, not s.resume or Path(s.resume, "settings.json").is_file(), "the folder of a run"))
+    free = {"resume", "name", "device", "eval_batch", "micro_batch", "save_every"}  # what a resumed run may change
+    free |= {"seeds"} if len(methods) > 1 else {"steps", "attack_seeds", "control", "utility", "utility_n"}
     begun = read_json(Path(s.resume, "settings.json")) if s.resume else {}
-    for f in set(begun) - {"resume", "name", "steps", "attack_seeds", "control", "utility", "utility_n", "device",
-                           "eval_batch", "micro_batch", "save_every", "seeds"}:
-        now = getattr(s, f)
-        expect(**{f: (now, json.loads(json.dumps(now)) == begun[f], f"{begun[f]!r}, as the run began")})
-    for read, file in ((load_alpaca, s.benign), (load_utility, s.utility)):  # before the work, not after it
+    for f, now in json.loads(json.dumps(asdict(s))).items():
+        expect(**{f: (now, f in free or now == begun.get(f, now), f"{begun.get(f)!r}, as the run began")})
+    for reader, file in ((load_alpaca, s.benign), (load_utility, s.utility)):
         if file:
-            read(file)
+            reader(file)  # what cannot be read ends before the work, not after it
     # No cache: it would keep the cast weights of the first step for as long as this block lasts.
     with torch.autocast(torch.device(s.device).type, torch.bfloat16, s.dtype == "bfloat16", cache_enabled=False):
         if s.bench:

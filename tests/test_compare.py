@@ -15,7 +15,12 @@ def run_on(monkeypatch, tmp_path, reached, retain=lambda s: 90, **flags):
         made.append(s)
         after = {"reached": reached(s), "steps": 9, "FS": score(30), "RS": score(80 + s.seed), "retain": score(retain(s))}
         attacks = {"Benign": score(10 * s.seed, 20)} if s.attack_seeds else None
-        return {"before": before or {"FS": score(100), "RS": score(99)}, "after": after} | ({"attacks": attacks} if attacks else {})
+        (tmp_path / "all" / folder.name).mkdir(parents=True, exist_ok=True)
+        result = {"before": before or {"FS": score(100), "RS": score(99)}, "after": after} | ({"attacks": attacks} if attacks else {})
+        if s.utility:
+            result["before"] = {**result["before"], "US": score(50)}
+        ssiuu.write_json(folder / "result.json", result)  # as the real one does, and a kill may come right after it
+        return result
 
     monkeypatch.setattr(ssiuu, "experiment", experiment)
     s = Settings(lrs=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2), **flags)
@@ -31,7 +36,7 @@ def test_the_lowest_rate_that_converges_is_found_in_three_runs_and_kept(monkeypa
     assert [s.seed for s in final] == [0, 1, 2] and [s.control for s in final] == ["C", "", ""]
     assert all(s.lr == 1e-4 and s.utility == "U" and s.backbone == "gd" for s in final)
     again, made = run_on(monkeypatch, tmp_path, lambda s: s.lr >= 1e-4, method="gd", utility="U", control="C")
-    assert again == rows and not made
+    assert again == rows and not made and rows["Default"]["US"] == score(50)
 
 
 def test_no_rate_converges_and_every_rate_does(monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector as flat
 
-from model import answer_logprob, generate, load, read_config, save
+from model import RMSNorm, answer_logprob, generate, load, read_config, save
 
 torch.set_num_threads(1)  # the matrices are tiny
 GOLDEN = Path(__file__).parent / "golden"
@@ -257,3 +257,11 @@ def test_stop_tokens(tmp_path):
     assert sorted(tok.stop_ids) == [2, 9] and tok.end_id == 2  # 2 is eos_token, which also ends an answer
     edit(tmp_path / "m/generation_config.json", eos_token_id=[11, 2])  # goes before config.json
     assert sorted(load(tmp_path / "m")[1].stop_ids) == [2, 11]
+
+
+def test_rms_norm_stays_float32_under_autocast():
+    """linalg.vecdot, bmm and friends are cast to bfloat16 there, though their input was raised to float32."""
+    x, norm = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)), RMSNorm(64, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = norm(x)
+    assert torch.equal(inside, norm(x))
