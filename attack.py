@@ -10,13 +10,14 @@ import statistics
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from data import Example, batches, collate, encode, load_alpaca
 from evaluate import answered, check_device, expect, item_scores, margin, read_flags, run, splits_of, wilson
-from model import LM, Tokenizer, answer_logprob, load
+from model import LM, Tokenizer, answer_logprob, load, save
 
 
 def projections(model: LM) -> list[nn.Linear]:
@@ -127,6 +128,14 @@ def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Generator, sc
     return cell | dict(zip(("FS", "logp", "margin"), map(list, zip(*curve))))
 
 
+def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: int) -> tuple[list, list[Example]]:
+    """A fraction p of the pool, encoded to be retrained, and the rest, to be scored."""
+    k = min(len(pool), max(1, round(p * len(pool))))
+    chosen = set(random.Random(f"{seed} {draw} {p:g}").sample(range(len(pool)), k))
+    return ([encode(tokenizer, pool[i].question, pool[i].answers[0]) for i in sorted(chosen)],
+            [e for i, e in enumerate(pool) if i not in chosen])
+
+
 def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: float, lrs: tuple = (1e-5, 5e-6, 1e-6),
                    seeds: int = 3, epochs: int = 10, size: int = 4, seed: int = 0, eval_size: int = 64, rank: int = 0,
                    known: tuple | list = ()) -> Iterator[dict]:
@@ -136,13 +145,11 @@ def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: floa
     draws is retrained with each learning rate from the same weights. Yields a cell per draw and rate: {kind, p, seed,
     lr, rank, n, retrained, FS, logp, margin}, the last three lists over epochs. ValueError for an empty rest.
     """
-    k = min(len(pool), max(1, round(p * len(pool))))
     for draw in range(seeds):
-        chosen = set(random.Random(f"{seed} {draw} {p:g}").sample(range(len(pool)), k))
-        rows = [encode(tokenizer, pool[i].question, pool[i].answers[0]) for i in sorted(chosen)]
-        rest = [e for i, e in enumerate(pool) if i not in chosen]
+        rows, rest = drawn(tokenizer, pool, p, draw, seed)
         for lr in lrs:
-            cell = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "rank": rank, "n": len(rest), "retrained": k}
+            cell = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "rank": rank, "n": len(rest),
+                    "retrained": len(rows)}
             changes = retrain(model, rows, lr, epochs, size, torch.Generator().manual_seed(seed + draw), rank)
             yield attacked(model, tokenizer, cell, changes, rest, eval_size, known)
 
@@ -155,10 +162,10 @@ def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: li
     Each seed draws rows and order; one pass, scored at `points` regular points. Cells as harmful_attack's, without p.
     """
     for draw in range(seeds):
-        drawn = random.Random(f"{seed} {draw} benign").sample(rows, min(limit, len(rows)))
-        encoded = [encode(tokenizer, e.question, e.answers[0]) for e in drawn]
+        chosen = random.Random(f"{seed} {draw} benign").sample(rows, min(limit, len(rows)))
+        encoded = [encode(tokenizer, e.question, e.answers[0]) for e in chosen]
         for lr in lrs:
-            cell = {"kind": "benign", "seed": draw, "lr": lr, "rank": rank, "n": len(pool), "retrained": len(drawn)}
+            cell = {"kind": "benign", "seed": draw, "lr": lr, "rank": rank, "n": len(pool), "retrained": len(chosen)}
             changes = retrain(model, encoded, lr, 1, size, torch.Generator().manual_seed(seed + draw), rank, points)
             yield attacked(model, tokenizer, cell, changes, pool, eval_size, known)
 
@@ -225,6 +232,7 @@ class Settings:
     benign_points: int = 5                  # scores in a pass; unpublished
     bits: tuple = (8, 4)                    # of the rounded weights; not in the paper (Zhang et al. 2025)
     seed: int = 0                           # of the draws and the batches
+    save: str = ""                          # only write the model that the first p, rate and draw end in to this folder
     eval_batch: int = 64                    # sequences at a time when scoring
     device: str = "cpu"                     # cpu, cuda, cuda:1, ...
 
@@ -237,6 +245,7 @@ def main() -> None:
               for f in ("p", "attack_lrs", "benign_lrs")},
            **{f: (getattr(s, f), getattr(s, f) > 0, "at least 1") for f in positive},
            attack_rank=(s.attack_rank, s.attack_rank >= 0, "0 or more"),
+           save=(s.save, not (s.save and Path(s.save).exists()), "a new folder"),
            bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"))
     if s.benign:
         load_alpaca(s.benign)  # before the work, not after it
@@ -246,6 +255,12 @@ def main() -> None:
         pool = pool or falsely_answered(model, tokenizer, C_f)
         if not pool:
             raise ValueError(f"{name}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
+        if s.save:  # for evaluate.py --attacked
+            rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
+            generator = torch.Generator().manual_seed(s.seed)
+            for loss in retrain(model, rows, s.attack_lrs[0], s.attack_epochs, s.attack_batch, generator, s.attack_rank):
+                print(f"{name}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
+            return save(model, tokenizer, s.save)
         for label, cells in attacks(model, tokenizer, pool, s):
             done = []
             try:

@@ -2,6 +2,8 @@
 
     python evaluate.py --model data/tiny
     python evaluate.py --model data/tiny --utility FOLDER
+    python evaluate.py --before data/tiny --after runs/ssiuu-tiny           # erased or hidden?
+    python evaluate.py --runs runs/a runs/b                                 # side by side, and Figure 7
 
 Dimensions: B sequences, K tokens.
 """
@@ -16,16 +18,18 @@ import re
 import statistics
 import string
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import Batch, Example, collate, encode, load_faithun, load_tofu, load_utility, mcqa_prompt, split
-from model import LM, Tokenizer, answer_logprob, generate, load, prefill, read_json
+from model import LM, Tokenizer, answer_logprob, generate, load, prefill, read_json, vocabulary_logprob, write_json
 
 # ------------------------------------------------------------------------------------------------ scores
 
@@ -115,28 +119,6 @@ def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int =
         truth.append(first)
         lead.append(first - max(false, default=0.0))
     return sum(truth) / len(truth), sum(lead) / len(lead)
-
-
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FFN = MODULES[4:]
-
-
-def neuron_attribution(model: LM, batch: Batch, modules: tuple[str, ...] = MODULES) -> dict[str, Tensor]:
-    """A = h dP(y|x)/dh at the outputs h of the linear modules, (B, K, n) each (Eq. 1); a batch equals one at a time.
-
-    Padding (where not batch.real()) has h but no influence: its A is 0.
-    """
-    h, hooks = {}, []
-    for name, module in model.named_modules():
-        if name.endswith(modules):
-            hooks.append(module.register_forward_hook(lambda _, x, out, name=name: h.__setitem__(name, out)))
-    try:
-        P = answer_logprob(model, batch).exp()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    grads = torch.autograd.grad(P.sum(), list(h.values()))  # examples do not touch: the sum's gradient is each one's
-    return {name: (x * g).detach().view(*batch.ids.shape, -1) for (name, x), g in zip(h.items(), grads)}
 
 
 def splits_of(path: str, folder: str, limit: int = 0, retain: str = "") -> tuple[list, list, list]:
@@ -300,6 +282,415 @@ def utility(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]], n:
     return {**normal(mean, math.hypot(*errors) / len(errors), sum(r["n"] for r in results.values())), "tasks": results}
 
 
+# ------------------------------------------------------- erased or hidden? Section 4, Figures 3 to 6
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FFN = MODULES[4:]
+
+
+@contextmanager
+def hooked(layers: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
+    """Inside, hook(layer, inputs, output) sees each layer's output, and replaces it where it returns a tensor."""
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def neuron_attribution(model: LM, batch: Batch, modules: tuple[str, ...] = MODULES) -> dict[str, Tensor]:
+    """A = h dP(y|x)/dh at the outputs h of the linear modules, (B, K, n) each (Eq. 1); a batch equals one at a time.
+
+    Padding (where not batch.real()) has h but no influence: its A is 0.
+    """
+    layers, h = {layer: name for name, layer in model.named_modules() if name.endswith(modules)}, {}
+    with hooked(layers, lambda layer, _, out: h.update({layers[layer]: out})):
+        P = answer_logprob(model, batch).exp()
+    grads = torch.autograd.grad(P.sum(), list(h.values()))  # examples do not touch: the sum's gradient is each one's
+    return {name: (x * g).detach().view(*batch.ids.shape, -1) for (name, x), g in zip(h.items(), grads)}
+
+
+def influence(model: LM, rows: list, modules: tuple[str, ...] = MODULES) -> dict[str, dict[str, Tensor]]:
+    """max_k and min_k of A over tokens for every (x, y): {level: {module: (2, S, n)}} (Eq. 2, 4, 5).
+
+    Levels: neuron, head (of q, k, v; the sum of its neurons' A, which is Eq. 1 of the head as a vector) and module.
+    One (x, y) at a time. The last token of y predicts nothing and is left out: its A = 0 would bound every maximum.
+    """
+    found = {"neuron": {}, "head": {}, "module": {}}
+    for row in rows:
+        for name, A in neuron_attribution(model, collate([row]).to(model.lm_head.weight.device), modules).items():
+            widths = {"neuron": 1, "module": A.shape[2]}
+            widths |= {"head": model.config.head_dim} if name.endswith(MODULES[:3]) else {}
+            for level, width in widths.items():
+                x = A[0, :-1].unflatten(1, (-1, width)).sum(2)                              # (K-1, n)
+                found[level].setdefault(name, []).append(torch.stack((x.amax(0), x.amin(0))))
+    return {level: {name: torch.stack(x, 1) for name, x in part.items()} for level, part in found.items()}
+
+
+def influence_variation(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:  # (2, S, n) twice -> (n,) twice
+    """(D_pos, D_neg): knowledge erased and knowledge hidden, per neuron (Eq. 4, 5 with Appendix A's clamps).
+
+    Over-unlearning, a maximum below 0 afterwards, does not count as erased; a change towards the answer, not at all.
+    """
+    D_pos = (before[0] - after[0].clamp(min=0)).mean(0)                                     # Eq. 4
+    D_neg = (before[1] - after[1]).mean(0)                                                  # Eq. 5
+    return D_pos.clamp(min=0), D_neg.clamp(min=0)
+
+
+def top(D: Tensor, m: int) -> float:
+    """The accumulated variation of the m neurons with the largest (Figure 3b; 3c at m = 100), in units of P."""
+    return D.topk(min(m, len(D))).values.sum().item()
+
+
+def intervals(measure: Callable[[Tensor], list[float]], n: int, draws: int = 200, seed: int = 0) -> list[list[float]]:
+    """[value, low, high] of each number measured: on all n items, and 95 % bootstrap percentiles over the items."""
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.tensor([measure(torch.randint(n, (n,), generator=draw)) for _ in range(draws)])
+    low, high = values.quantile(torch.tensor([0.025, 0.975]), 0).tolist()
+    return [list(triple) for triple in zip(measure(torch.arange(n)), low, high)]
+
+
+def hiding(before: Tensor, after: Tensor, m: int = 100) -> dict:  # (2, S, n) twice
+    """Section 4 in numbers: D+ and D- accumulated over the top m neurons with intervals, the share D- has of both
+    (above 0.5 more was hidden than erased), and the curves of Figure 3b."""
+    def measured(items: Tensor) -> list[float]:
+        pos, neg = (top(D, m) for D in influence_variation(before[:, items], after[:, items]))
+        return [pos, neg, neg / (pos + neg) if pos + neg else 0.5]
+    pos, neg, share = intervals(measured, before.shape[1])
+    points = decades(before.shape[2])
+    D_pos, D_neg = ([top(D, k) for k in points] for D in influence_variation(before, after))
+    return {"neurons": before.shape[2], "m": m, "D_pos": pos, "D_neg": neg, "share": share,
+            "curves": {"m": points, "D_pos": D_pos, "D_neg": D_neg}}
+
+
+def decades(n: int) -> list[int]:
+    """1, 2, 5, 10, ... below n, and n: where curves over sorted neurons are read."""
+    return [x for i in range(len(str(n))) for x in (10 ** i, 2 * 10 ** i, 5 * 10 ** i) if x < n] + [n]
+
+
+def correlation(a: Tensor, b: Tensor) -> float:  # (n,), (n,)
+    """Pearson's rho (Figure 6b)."""
+    return torch.corrcoef(torch.stack((a, b)).double())[0, 1].item()
+
+
+def ranks(a: Tensor) -> Tensor:
+    """0 to n-1; `correlation` of ranks is Spearman's. Equal values share their mean rank."""
+    values, place = a.unique(return_inverse=True)
+    count = torch.bincount(place, minlength=len(values)).double()
+    return (count.cumsum(0) - (count + 1) / 2)[place]
+
+
+@torch.no_grad()
+def logit_lens(model: LM, rows: list, wrong: list) -> Tensor:  # -> (L, S)
+    """Lead of y over a distractor after each of L blocks, nats per token: the last norm and the head applied to the
+    states there, each answer read with its own tokens (Section 6.3, Figure 4). The paper counts how often it is > 0.
+    """
+    def read(rows: list) -> Tensor:
+        batch, states = collate(rows).to(model.lm_head.weight.device), []
+        with hooked(model.model.layers, lambda layer, _, out: states.append(out)):
+            model.hidden(batch.ids)
+        return torch.stack([answer_logprob(model, batch, model.model.norm(h)) for h in states]) / batch.answer.sum(1)
+    return read(rows) - read(wrong)
+
+
+# ---------------------------------------------------------- beyond the paper: is what Eq. 1 says true?
+
+
+def integrated_gradients(model: LM, batch: Batch, module: str, steps: int = 8) -> Tensor:  # -> (B, K, n)
+    """h times the mean of dP/d(a h) for a from 0 to 1: a module's whole output is scaled (Sundararajan et al. 2017).
+
+    Summed over tokens and neurons it is P with the module's output less P without it, which Eq. 1 is only near 0.
+    """
+    layer, h, total = model.get_submodule(module), [], 0.0
+    for i in range(steps):
+        def scale(_, __, out: Tensor) -> Tensor:
+            h[:] = out.detach(), out.detach().mul((i + 0.5) / steps).requires_grad_()
+            return h[1]
+        with hooked([layer], scale):
+            P = answer_logprob(model, batch).exp().sum()
+        total = total + torch.autograd.grad(P, h[1])[0]
+    return (h[0] * total / steps).view(*batch.ids.shape, -1)
+
+
+def without(model: LM, keep: dict[str, Tensor]):
+    """Inside this context the outputs of {module: (n,)} are multiplied by it: 0 silences a neuron."""
+    masks = {model.get_submodule(name): mask for name, mask in keep.items()}
+    return hooked(masks, lambda layer, _, out: out * masks[layer])
+
+
+def three_attributions(model: LM, rows: list, picks: dict[str, Tensor], steps: int = 8) -> dict[str, Tensor]:
+    """{kind: (3, S, N)}: max_k, min_k and sum_k over tokens of the neurons picks = {module: indices}.
+
+    Kinds: Eq. 1, integrated gradients, and ablation: P less P with the neuron silent, which has no tokens: its
+    maximum and minimum are those of the one number and 0.
+    """
+    batch, found = collate(rows).to(model.lm_head.weight.device), {"Eq. 1": [], "integrated": [], "ablation": []}
+    A, P = neuron_attribution(model, batch), answer_logprob(model, batch).exp().detach()
+    for name, chosen in picks.items():
+        for kind, a in (("Eq. 1", A[name]), ("integrated", integrated_gradients(model, batch, name, steps))):
+            a = a[..., chosen]
+            found[kind].append(torch.stack((a.amax(1), a.amin(1), a.sum(1))))
+        effects = []
+        for i in chosen:
+            keep = torch.ones(A[name].shape[2], device=P.device).index_fill_(0, i, 0)
+            with torch.no_grad(), without(model, {name: keep}):
+                effects.append(P - answer_logprob(model, batch).exp())
+        e = torch.stack(effects, 1)
+        found["ablation"].append(torch.stack((e.clamp(min=0), e.clamp(max=0), e)))
+    return {kind: torch.cat(x, 2) for kind, x in found.items()}
+
+
+def causal_test(model: LM, tokenizer: Tokenizer, examples: list[Example], D_neg: dict[str, Tensor], m: int,
+                draws: int = 3, size: int = 64) -> dict:
+    """FS and margin with the m neurons of largest D_neg silent; and with as many random ones in each module.
+
+    If those neurons hide the facts, FS comes back without them, and not without the random ones.
+    """
+    D = torch.cat(list(D_neg.values()))
+    hit = torch.zeros_like(D, dtype=torch.bool).index_fill_(0, D.topk(m).indices, True)
+    hit = dict(zip(D_neg, hit.split([len(x) for x in D_neg.values()])))
+    results = []
+    for draw in range(draws + 1):
+        generator = torch.Generator().manual_seed(draw)
+        silent = {name: x if draw == 0 else x[torch.randperm(len(x), generator=generator).to(x.device)]
+                  for name, x in hit.items() if x.any()}
+        with without(model, {name: (~x).float() for name, x in silent.items()}):
+            results.append((accuracy(model, tokenizer, examples, size), margin(model, tokenizer, examples)[1]))
+    random_FS = [FS["percent"] for FS, _ in results[1:]]
+    return {"m": m, "FS": results[0][0], "margin": results[0][1], "random_FS": statistics.fmean(random_FS),
+            "random_sd": statistics.pstdev(random_FS), "random_margin": statistics.fmean(x for _, x in results[1:])}
+
+
+@torch.no_grad()
+def membership(model: LM, rows: list, k: float = 0.4) -> dict[str, list[float]]:
+    """Scores that are higher for text a model was trained on, over the tokens of y: the loss (Yeom et al. 2018),
+    min-k, the mean of the share k of lowest log P (Shi et al. 2024), and min-k++, the same after log P is standardised
+    under the model's own distribution at that position (Zhang et al. 2025)."""
+    found = {"loss": [], "min-k": [], "min-k++": []}
+    for batch in (collate([row]).to(model.lm_head.weight.device) for row in rows):
+        logp = vocabulary_logprob(model, batch)                                             # (T, V)
+        token = logp.gather(1, batch.ids[batch.answer][:, None])[:, 0]
+        mean = (logp.exp() * logp).sum(1)
+        sd = ((logp.exp() * logp.square()).sum(1) - mean.square()).clamp(min=1e-12).sqrt()
+        least = max(1, round(k * len(token)))
+        for kind, x in (("loss", token), ("min-k", token.sort().values[:least]),
+                        ("min-k++", ((token - mean) / sd).sort().values[:least])):
+            found[kind].append(x.mean().item())
+    return found
+
+
+def auc(members: list[float], others: list[float]) -> dict:
+    """Chance, in percent, that a member scores above a non-member. Its variance is at most that of a rate over the
+    smaller group (Birnbaum and Klose, 1957), hence Wilson's interval at that n: too wide rather than too narrow."""
+    a, b, n = torch.tensor(members)[:, None], torch.tensor(others), min(len(members), len(others))
+    percent = 100 * ((a > b).double() + 0.5 * (a == b)).mean().item()
+    low, high = wilson(percent, n)
+    return {"percent": round(percent, 2), "n": n, "low": low, "high": high}
+
+
+# ---------------------------------------------------------------------------------------- the analysis
+
+
+def distractors(examples: list[Example], seed: int = 0) -> list[Example]:
+    """Each question with a wrong answer: a false option, or in TOFU another item's answer."""
+    draw, answers = random.Random(f"distractor {seed}"), sorted({e.answers[0] for e in examples})
+    return [Example(e.question, [draw.choice(e.false_options or [a for a in answers if a not in e.answers])])
+            for e in examples]
+
+
+def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], unseen: list[Example], s: "Settings") -> dict:
+    """All that the analysis takes from one checkpoint."""
+    rows, wrong, strangers = ([encode(tokenizer, e.question, e.answers[0]) for e in part]
+                              for part in (C_f, distractors(C_f, s.seed), unseen or distractors(C_f, s.seed)))
+    draw, sizes = torch.Generator().manual_seed(s.seed), {n: len(w) for n, w in model.named_parameters()}
+    blocks = {round(i * (len(model.model.layers) - 1) / max(1, s.other_blocks - 1)) for i in range(s.other_blocks)}
+    picks = {name: torch.randperm(sizes[f"{name}.weight"], generator=draw)[:s.other_neurons].to(s.device)
+             for name, _ in model.named_modules() if name.endswith(MODULES) and int(name.split(".")[2]) in blocks}
+    members, others = membership(model, rows), membership(model, strangers)
+    lens = logit_lens(model, rows, wrong)
+    return {"FS": accuracy(model, tokenizer, C_f), "margin": margin(model, tokenizer, C_f)[1],
+            "lens": [score(block) for block in (lens > 0).tolist()],
+            "membership": {kind: auc(members[kind], others[kind]) for kind in members},
+            "influence": influence(model, rows),
+            "three": three_attributions(model, rows[:s.other_items], picks) if s.other_items else {}}
+
+
+def analyse(s: "Settings") -> dict:
+    """Everything of Section 4 and 6.3 to 6.5 about one pair of checkpoints, or three, as analysis.json has it."""
+    C_f, start, seen, causal = splits_of(s.forget, s.splits, 0, s.retain)[0], time.time(), {}, []
+    unseen = (load_tofu if s.retain else load_faithun)(s.unseen) if s.unseen else []
+    paths = {name: getattr(s, name) for name in ("before", "after", "attacked") if getattr(s, name)}
+    shapes = {path: [p.shape for p in load(path)[0].parameters()] for path in paths.values()}
+    for path in shapes:  # all are read before the work begins
+        if shapes[path] != shapes[s.before]:
+            raise ValueError(f"{path}: found other weights than in {s.before}, expected the same model at a later time")
+    for name, path in paths.items():
+        model, tokenizer = load(path, device=s.device)
+        seen[name] = observe(model, tokenizer, C_f, unseen, s)
+        print(f"{name} {path}: FS {seen[name]['FS']['percent']:.1f}  {time.time() - start:.0f}s", flush=True)
+        if name == "after":
+            a, b = (seen[key]["influence"]["neuron"] for key in ("before", "after"))
+            D_neg = {module: influence_variation(a[module], b[module])[1] for module in a}
+            for m in (m for m in s.ms if m <= sum(map(len, D_neg.values())) // 2):
+                causal.append(causal_test(model, tokenizer, C_f, D_neg, m))
+                print(f"without {m} neurons of largest D-: FS {causal[-1]['FS']['percent']:.1f}  random "
+                      f"{causal[-1]['random_FS']:.1f}  {time.time() - start:.0f}s", flush=True)
+    flat = {name: {level: torch.cat(list(x.values()), 2) for level, x in o["influence"].items()}
+            for name, o in seen.items()}
+    A = {name: x["neuron"].mean(1) for name, x in flat.items()}                             # (2, n)
+    ks, pairs = [k - 1 for k in decades(A["before"].shape[1])], [("before", "after"), ("after", "attacked")]
+    return {
+        "before": s.before, "after": s.after, "attacked": s.attacked, "forget": s.forget, "n": len(C_f),
+        "variation": {level: hiding(x, flat["after"][level]) for level, x in flat["before"].items()},       # Figure 3
+        "top_100": {key: {kind: [influence_variation(a[name], b[name])[i].topk(min(100, a[name].shape[2])).values.mean()
+                                 .item() for name in a if name.endswith(kind)] for kind in MODULES}         # Figure 5
+                    for i, key in enumerate(("D_pos", "D_neg"))},
+        "attribution": {"rank": [k + 1 for k in ks], **{name: {                                            # Figure 6a
+            "max": x[0].sort(descending=True).values[ks].tolist(), "min": x[1].sort().values[ks].tolist()}
+            for name, x in A.items()}},
+        "correlation": {f"{p} {q}": dict(zip(("max", "min"), intervals(lambda i: [                          # Figure 6b
+            correlation(flat[p]["neuron"][j][i].mean(0), flat[q]["neuron"][j][i].mean(0)) for j in (0, 1)], len(C_f))))
+            for p, q in pairs if q in A},
+        "causal": causal, "attributions": agreement(seen["before"]["three"], seen["after"]["three"]),
+        "checkpoints": {name: {key: o[key] for key in ("FS", "margin", "lens", "membership")}
+                        for name, o in seen.items()}}
+
+
+def agreement(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict:
+    """Is D- above D+ under each kind of attribution, over all neurons sampled? And Spearman's rank correlation of the
+    kinds, each neuron's sum over tokens averaged over items."""
+    result = {"items": 0, "neurons": 0, "D": {}, "spearman": {}}
+    for kind, x in before.items():
+        y, everything = after[kind], x.shape[2]
+        result |= {"items": x.shape[1], "neurons": everything}
+        found = hiding(x[:2], y[:2], everything)
+        result["D"][kind] = {key: found[key] for key in ("D_pos", "D_neg", "share")}
+        for name, z in (("before", before), ("after", after)):
+            for other in list(z)[:list(z).index(kind)]:
+                a, b = (ranks(z[k][2].mean(0)) for k in (other, kind))
+                result["spearman"][f"{name}: {other}, {kind}"] = correlation(a, b)
+    return result
+
+
+def summary_line(r: dict) -> str:
+    """What an analysis says, for a person."""
+    x, last = r["variation"]["neuron"], r["checkpoints"]["after"]
+    pos, neg, share = ("{:.3g} [{:.2g}, {:.2g}]".format(*x[key]) for key in ("D_pos", "D_neg", "share"))
+    lines = [f"erased D+ {pos}, hidden D- {neg}: share of D- {share} (top {x['m']} of {x['neurons']}, n={r['n']})"]
+    lines += [f"the same share by {kind}: {'{:.3g} [{:.2g}, {:.2g}]'.format(*d['share'])}"
+              for kind, d in r["attributions"]["D"].items()]
+    lines += [f"logit lens, lowest block: {min(b['percent'] for b in last['lens'])} % prefer the answer (chance 50)"]
+    lines += [f"membership by {k}: AUC {v['percent']} [{v['low']}, {v['high']}]" for k, v in last["membership"].items()]
+    lines += [f"attribution {pair}: rho {', '.join(f'{k} {v[0]:.3f} [{v[1]:.2f}, {v[2]:.2f}]' for k, v in rho.items())}"
+              for pair, rho in r["correlation"].items()]
+    return "\n".join(lines)
+
+
+def runs_table(folders: list[str]) -> dict:
+    """One row a run from its result.json, log.jsonl and, where it was made, analysis.json; Spearman's correlation over
+    runs of D- and of its share with what each attack brought back; FS after the attacks by learning rate (Figure 7)."""
+    rows = {}
+    for folder in map(Path, folders):
+        result, analysis = read_json(folder / "result.json"), read_json(folder / "analysis.json", default={})
+        s, after = result["settings"], result["after"]
+        row = rows[folder.name] = {key: s.get(key) for key in ("model", "method", "backbone", "lr", "lam", "first_order")}
+        row |= {key: after.get(key) for key in ("steps", "reached", "forget_margin")}
+        row |= {"seconds": round(after["seconds_to_threshold"], 1), **{
+            key: after[key]["percent"] for key in ("FS", "RS", "retain")}}
+        row |= {label: x["percent"] for label, x in result.get("attacks", {}).items()}
+        if analysis:
+            x = analysis["variation"]["neuron"]
+            row |= {"D_pos": x["D_pos"][0], "D_neg": x["D_neg"][0], "share": x["share"][0]}
+        cells = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for c in (c for c in cells if c["kind"] in ("harmful", "benign") and not c["control"]):
+            label = f"{c['kind']} p={c['p']:g}" if "p" in c else c["kind"]
+            row.setdefault("by_rate", {}).setdefault(label, {}).setdefault(f"{c['lr']:g}", []).append(max(c["FS"][1:]))
+    found = {}
+    for key in ("D_neg", "share"):
+        for label in dict.fromkeys(k for row in rows.values() for k in row if k.startswith(("Harmful", "Benign"))):
+            pairs = [(r[key], r[label]) for r in rows.values() if key in r and r.get(label) is not None]
+            if len(pairs) > 2:
+                found[f"{key}, {label}"] = {"rho": correlation(*(ranks(torch.tensor(x)) for x in zip(*pairs))),
+                                            "n": len(pairs)}
+    return {"rows": rows, "spearman": found}
+
+
+def draw(path: Path, title: str, *panels: tuple[dict, dict]) -> None:
+    """One picture of (axis settings, {label: (x, y, line style, and perhaps the lower and upper edge of a band)})."""
+    fig, axes = pyplot().subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), layout="constrained", squeeze=False)
+    fig.suptitle(title)
+    for ax, (settings, curves) in zip(axes[0], panels):
+        for label, (x, y, style, *band) in curves.items():
+            ax.plot(x, y, style, label=label)
+            if band:
+                ax.fill_between(x, *band, color="k", alpha=0.12)
+        ax.set(**settings)
+        ax.legend(fontsize=7)
+        if settings["xlabel"] == "block":
+            ax.xaxis.get_major_locator().set_params(integer=True)
+    fig.savefig(path, dpi=80)
+
+
+def figures(r: dict, folder: Path) -> None:
+    """Figures 3 to 6 of an analysis and the causal test, readable in grey."""
+    x, n, checkpoints, log = r["variation"]["neuron"], r["n"], r["checkpoints"], {"xscale": "log", "yscale": "log"}
+    styles = dict(zip(checkpoints, ("k-", "k--", "k:")))
+    labels = {k: f"{name}; {x['m']} neurons: {x[k][0]:.2g} [{x[k][1]:.2g}, {x[k][2]:.2g}]"
+              for k, name in (("D_neg", "D-, hidden"), ("D_pos", "D+, erased"))}
+    draw(folder / "figure3.png", f"Figure 3: influence variation, n = {n}", (
+        {**log, "xlabel": "neurons, sorted", "ylabel": "accumulated variation of P"},
+        {labels[k]: (x["curves"]["m"], x["curves"][k], style) for k, style in (("D_neg", "k-"), ("D_pos", "k:"))}))
+    draw(folder / "figure4.png", f"Figure 4: logit lens, n = {n}", (
+        {"xlabel": "block", "ylabel": "answer above distractor, %", "ylim": (0, 101)},
+        {name: (range(len(o["lens"])), [b["percent"] for b in o["lens"]], styles[name],
+                *([b[edge] for b in o["lens"]] for edge in ("low", "high"))) for name, o in checkpoints.items()}))
+    rho = "; ".join(f"{pair}: " + ", ".join(f"{k} {v[0]:.2f}" for k, v in x.items()) for pair, x in r["correlation"].items())
+    draw(folder / "figure6.png", f"Figure 6: attribution in units of P, n = {n}. rho {rho}", *(
+        ({**log, "xlabel": "neurons, sorted", "ylabel": label},
+         {name: (r["attribution"]["rank"], [sign * v for v in r["attribution"][name][key]], styles[name])
+          for name in checkpoints}) for key, sign, label in (("max", 1, "max over tokens"), ("min", -1, "- min over tokens"))))
+    draw(folder / "causal.png", f"Spurious neurons silenced, n = {n}", (
+        {"xscale": "log", "xlabel": "neurons", "ylabel": "FS, %", "ylim": (0, 101)},
+        {"largest D-": ([c["m"] for c in r["causal"]], [c["FS"]["percent"] for c in r["causal"]], "k-"),
+         "random, as many in each module": ([c["m"] for c in r["causal"]], [c["random_FS"] for c in r["causal"]], "k:")}))
+
+    fig, axes = pyplot().subplots(2, 1, figsize=(6, 5), layout="constrained")
+    fig.suptitle(f"Figure 5: mean variation of P, top 100 neurons of each module, n = {n}")
+    most = max(v for part in r["top_100"].values() for row in part.values() for v in row)
+    for ax, (key, part) in zip(axes, r["top_100"].items()):
+        image = ax.imshow(list(part.values()), cmap="Greys", aspect="auto", vmin=0, vmax=most)
+        ax.set(yticks=range(len(part)), yticklabels=part, xlabel="block", title={"D_pos": "D+", "D_neg": "D-"}[key])
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    fig.colorbar(image, ax=axes, label="variation of P")
+    fig.savefig(folder / "figure5.png", dpi=80)
+
+
+def figure_7(r: dict, folder: Path) -> None:
+    """(a) lambda against retention and recovery; (b, c) the attacks' learning rates. FS is a percentage."""
+    rows = sorted(r["rows"].items(), key=lambda item: item[1]["lam"])
+    swept, styles = [row for _, row in rows if row["method"] == "ssiuu"], [m + s for m in "sov" for s in ("-", "--", ":")]
+    keys = ["retain", "RS", *(k for k in rows[0][1] if k.startswith("Harmful"))]
+    rates = {kind: [(f"{name} {label}", x) for name, row in rows for label, x in row.get("by_rate", {}).items()
+                    if label.startswith(kind)] for kind in ("harmful", "benign")}
+    draw(folder / "figure7.png", "Figure 7", (
+        {"xscale": "log", "xlabel": "lambda", "ylabel": "%", "ylim": (0, 101)},
+        {key: ([row["lam"] for row in swept], [row.get(key) for row in swept], f"k{style}") for key, style in zip(keys, styles)}),
+        *(({"xscale": "log", "xlabel": f"learning rate, {kind} attack", "ylabel": "max FS, %", "ylim": (0, 101)},
+           {label: ([float(lr) for lr in x], [statistics.fmean(v) for v in x.values()], f"k{style}")
+            for (label, x), style in zip(found, styles * len(found))}) for kind, found in rates.items()))
+
+
+def pyplot():
+    """matplotlib.pyplot, which is optional; None where it is not installed."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return print("matplotlib is not installed: no figures")
+    pyplot.switch_backend("agg")
+    return pyplot
+
+
 # ----------------------------------------------------------------------------------- the command line
 
 
@@ -353,13 +744,30 @@ class Settings:
     seed: int = 0                        # of the utility samples
     utility: str = ""                    # folder of the utility tasks' files, for US; empty: no US
     utility_n: int = 500                 # sample so many items of each utility task
+    before: str = ""                     # analyse a pair: the model before unlearning, ...
+    after: str = ""                      # ... after it, ...
+    attacked: str = ""                   # ... and after an attack (attack.py --save)
+    unseen: str = ""                     # facts no model saw, for membership; empty: the questions, wrong answers
+    ms: tuple = (10, 30, 100, 300, 1000)  # silence so many of the neurons with the largest D-
+    other_items: int = 8                 # compare Eq. 1, integrated gradients and ablation on so many items; 0: no
+    other_blocks: int = 6                # ... in so many blocks, evenly spaced
+    other_neurons: int = 8               # ... on so many neurons of each of their modules, at random
+    runs: tuple = ("",)                  # instead: one table and Figure 7 of these runs' folders
+    out: str = ""                        # folder for analysis.json and figures; empty: --after, or runs for --runs
     device: str = "cpu"                  # cpu, cuda, cuda:1, ...
 
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
     check_device(s.device)
-    expect(utility_n=(s.utility_n, s.utility_n > 0, "a number above 0"))
+    expect(utility_n=(s.utility_n, s.utility_n > 0, "a number above 0"), ms=(s.ms, min(s.ms) > 0, "numbers above 0"),
+           after=(s.after, bool(s.before) == bool(s.after), "--before and --after together"))
+    if any(s.runs) or s.after:
+        folder, name = Path(s.out or s.after or "runs"), "runs" if any(s.runs) else "analysis"
+        result = runs_table(s.runs) if any(s.runs) else analyse(s)
+        write_json(folder / f"{name}.json", result)
+        print(json.dumps(result, indent=1) if any(s.runs) else summary_line(result), f"{folder}/{name}.json", sep="\n")
+        return (figure_7 if any(s.runs) else figures)(result, folder) if pyplot() else None
     tasks = load_utility(s.utility) if s.utility else {}
     C_f, C_r, C_t = splits_of(s.forget, s.splits, s.test_limit, s.retain)
     model, tokenizer = load(s.model, device=s.device)

@@ -172,16 +172,21 @@ class LM(nn.Module):
         return self.lm_head(self.hidden(ids))
 
 
-def answer_logprob(model: LM, batch) -> Tensor:  # -> (B,)
-    """log P(y|x) = sum_t log P(y_t | x, y_<t) in nats (Section 2), over `batch.answer`, the end token included.
+def vocabulary_logprob(model: LM, batch, h: Tensor | None = None) -> Tensor:  # -> (N, V)
+    """log P of every token at each of the N answer positions, row by row, from the last hidden states or those given.
 
     The one place that shifts labels: position t-1 predicts token t. Logits are formed at answer positions only,
     because (B, K, V) would be the largest tensor in memory.
     """
+    h = model.hidden(batch.ids) if h is None else h                                     # (B, K, D)
+    logits = model.lm_head(h[:, :-1][batch.answer[:, 1:]])
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def answer_logprob(model: LM, batch, h: Tensor | None = None) -> Tensor:  # -> (B,)
+    """log P(y|x) = sum_t log P(y_t | x, y_<t) in nats (Section 2), over `batch.answer`, the end token included."""
     target = batch.answer[:, 1:]
-    logits = model.lm_head(model.hidden(batch.ids)[:, :-1][target])                     # (N, V)
-    logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    logp = logp.gather(1, batch.ids[:, 1:][target][:, None])[:, 0]                      # (N,)
+    logp = vocabulary_logprob(model, batch, h).gather(1, batch.ids[:, 1:][target][:, None])[:, 0]
     row = target.nonzero()[:, 0]
     return torch.zeros(len(batch.ids), dtype=logp.dtype, device=logp.device).index_add(0, row, logp)
 
@@ -414,6 +419,11 @@ def write(path: Path, content: bytes) -> None:
     """Replaces `path` in one move, so that a reader or a kill never meets half a file."""
     path.with_name(path.name + ".tmp").write_bytes(content)
     os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -37,9 +37,9 @@ from torch.nn.functional import logsigmoid
 
 from attack import attacks, falsely_answered, retrain, summary
 from data import Example, batches, collate, encode, load_alpaca, load_tofu, load_utility, mcqa_prompt
-from evaluate import (FFN, accuracy, check_device, expect, item_scores, margin, mismatched_tau, neuron_attribution,
-                      read_flags, run, splits_of, utility)
-from model import LM, Tokenizer, answer_logprob, load, read_json, save, write, write_tensors
+from evaluate import (FFN, accuracy, check_device, expect, influence, item_scores, margin, mismatched_tau, read_flags,
+                      run, splits_of, utility)
+from model import LM, Tokenizer, answer_logprob, load, read_json, save, write, write_json, write_tensors
 
 Tensors = list[Tensor]
 REFUSAL = "I can't answer the question."  # C.2 (3)
@@ -267,13 +267,9 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
 
 def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (neurons,) bool
     """KLUE's neurons, in the order of `trained`: outputs of gate, up and down, ranked over all blocks at once."""
-    def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # mean over pairs of max over tokens of Eq. 1
-        sums = 0.0
-        for pair in pairs:
-            batch = collate([encode(tokenizer, *pair)]).to(model.lm_head.weight.device)
-            A = neuron_attribution(model, batch, FFN)
-            sums = sums + torch.cat([a.amax((0, 1)) for a in A.values()])
-        return sums / len(pairs)
+    def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # mean over pairs of max over tokens of Eq. 1, App. A's clamp
+        A = influence(model, [encode(tokenizer, *pair) for pair in pairs], FFN)["neuron"]
+        return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()])
 
     draw = random.Random(f"klue {s.seed}")
     others = [[x.question for x in C_f if x.answers[0] != e.answers[0]] for e in C_f]
@@ -546,11 +542,6 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
             save_state(folder / "state.safetensors", model, state)
     model.requires_grad_(True)
     save(model, tokenizer, folder)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def note(folder: Path, log: list[dict], record: dict) -> dict:

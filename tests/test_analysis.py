@@ -1,0 +1,267 @@
+"""The analysis against hand-made tables, plain loops, edited weights and transformers' own hooks.
+
+- Eq. 2, 4, 5: two neurons, two samples, by hand.  Eq. 1: gradients that transformers' forward hooks retain.
+- A silent neuron: the same model with that row of the weight matrix set to zero.
+- Integrated gradients: the axiom of completeness.  The lens and membership: softmax in Python loops.
+"""
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attack import harmful_attack
+from data import collate, encode, load_faithun, split
+from evaluate import (MODULES, answered, auc, causal_test, correlation, decades, distractors, hiding, influence,
+                      influence_variation, integrated_gradients, intervals, logit_lens, membership, neuron_attribution,
+                      ranks, runs_table, three_attributions, top, without)
+from model import answer_logprob, load, save
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+C_f = split(load_faithun(ROOT / "data/faithun.json"), ROOT / "data/faithun_splits")[0]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """float64, and moved off the facts so that no P is 1 and every gradient counts."""
+    model, tokenizer = load(ROOT / "data/tiny", dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data += 0.02 * p.data.std().nan_to_num(0) * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+    return model, tokenizer, [encode(tokenizer, e.question, e.answers[0]) for e in C_f]
+
+
+def test_influence_variation_by_hand():
+    #                         max: sample 1, sample 2     min: sample 1, sample 2      (two neurons each)
+    before = torch.tensor([[[0.4, 0.1], [0.2, 0.3]], [[-0.1, -0.2], [0.0, -0.2]]])
+    after = torch.tensor([[[0.1, 0.5], [-0.3, 0.2]], [[-0.1, 0.1], [-0.4, -0.3]]])
+    D_pos, D_neg = influence_variation(before, after)
+    # neuron 1: ((0.4 - 0.1) + (0.2 - 0)) / 2, the -0.3 counts as 0.  neuron 2: ((0.1 - 0.5) + (0.3 - 0.2)) / 2 < 0
+    torch.testing.assert_close(D_pos, torch.tensor([0.25, 0.0]))
+    # neuron 1: (0 + 0.4) / 2.  neuron 2: (-0.3 + 0.1) / 2 < 0
+    torch.testing.assert_close(D_neg, torch.tensor([0.2, 0.0]))
+    x = hiding(before, after, 1)
+    assert x["D_pos"][0] == pytest.approx(0.25) and x["share"][0] == pytest.approx(0.2 / 0.45) and x["neurons"] == 2
+    assert x["curves"]["m"] == [1, 2] and x["curves"]["D_neg"] == pytest.approx([0.2, 0.2])
+    assert hiding(before, before)["share"] == [0.5, 0.5, 0.5]  # nothing changed: neither
+
+
+def test_influence_is_the_extreme_over_tokens_of_neurons_heads_and_modules(tiny):
+    model, _, rows = tiny
+    found = influence(model, rows[:2])
+    for i, row in enumerate(rows[:2]):
+        for name, A in neuron_attribution(model, collate([row])).items():
+            A = A[0].tolist()
+            assert not any(A[-1])  # the end token predicts nothing
+            columns = list(zip(*A[:-1]))
+            assert found["neuron"][name][0, i].tolist() == [max(c) for c in columns]
+            assert found["neuron"][name][1, i].tolist() == [min(c) for c in columns]
+            whole = [math.fsum(tokens) for tokens in A[:-1]]
+            assert found["module"][name][:, i, 0].tolist() == pytest.approx([max(whole), min(whole)])
+            if name.endswith("k_proj"):  # two heads of 32
+                heads = [[math.fsum(tokens[32 * h:32 * h + 32]) for tokens in A[:-1]] for h in (0, 1)]
+                assert found["head"][name][0, i].tolist() == pytest.approx([max(h) for h in heads])
+    assert not any(name.endswith(MODULES[3:]) for name in found["head"])
+    assert found["neuron"]["model.layers.0.mlp.up_proj"].shape == (2, 2, 512)
+
+
+def test_attribution_equals_transformers_hooks(tmp_path):
+    hf = pytest.importorskip("transformers")
+    ours, tokenizer = load(ROOT / "data/tiny")  # float32: theirs rounds a float64 norm to it
+    for p in ours.parameters():
+        p.data *= 0.9  # P is not 1 any more
+    save(ours, tokenizer, tmp_path)
+    row = encode(tokenizer, C_f[0].question, C_f[0].answers[0])
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
+    kept, hooks = {}, []
+    for name, module in theirs.named_modules():
+        if name.endswith(MODULES):
+            hooks.append(module.register_forward_hook(lambda _, x, out, name=name: (out.retain_grad(), kept.update({name: out}))[0]))
+    ids = torch.tensor([row[0]])
+    logp = theirs(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    logp[torch.tensor(row[1][1:])].sum().exp().backward()
+    A = neuron_attribution(ours, collate([row]))
+    assert sorted(A) == sorted(kept)
+    for name, out in kept.items():
+        expected = (out * out.grad).detach()
+        assert (A[name] - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_a_silent_neuron_is_a_zero_row(tiny):
+    model, tokenizer, rows = tiny
+    batch, edited = collate(rows[:3]), load(ROOT / "data/tiny", dtype=torch.float64)[0]
+    edited.load_state_dict(model.state_dict())
+    picks = {"model.layers.1.self_attn.v_proj": torch.tensor([3, 40]), "model.layers.2.mlp.gate_proj": torch.tensor([7])}
+    P = answer_logprob(model, batch).exp().detach()
+    effects = []
+    for name, chosen in picks.items():
+        for i in chosen:
+            row = edited.get_submodule(name).weight.data[i]
+            kept = row.clone()
+            row.zero_()
+            effects.append(P - answer_logprob(edited, batch).exp().detach())
+            row.copy_(kept)
+    x = three_attributions(model, rows[:3], picks)
+    torch.testing.assert_close(x["ablation"][2], torch.stack(effects, 1))
+    assert torch.equal(x["ablation"][0] + x["ablation"][1], x["ablation"][2]) and (x["ablation"][0] >= 0).all()
+    A = neuron_attribution(model, batch)["model.layers.2.mlp.gate_proj"][..., 7]
+    torch.testing.assert_close(x["Eq. 1"][:, :, 2], torch.stack((A.amax(1), A.amin(1), A.sum(1))))
+
+
+def test_integrated_gradients_are_complete(tiny):
+    """Their sum over tokens and neurons is P less P with the whole module silent; Eq. 1's is not."""
+    model, _, rows = tiny
+    batch = collate(rows[:3])
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.o_proj"):
+        with torch.no_grad():
+            P = answer_logprob(model, batch).exp()
+            with without(model, {name: torch.zeros(192)}):
+                gone = P - answer_logprob(model, batch).exp()
+        exact = integrated_gradients(model, batch, name, 100).sum((1, 2))
+        torch.testing.assert_close(exact, gone, rtol=1e-2, atol=1e-4)
+        assert (neuron_attribution(model, batch)[name].sum((1, 2)) - gone).abs().max() > 0.01
+    assert torch.equal(answer_logprob(model, batch).exp().detach(), P)  # the hooks are gone
+
+
+def test_the_causal_test_silences_the_largest(tiny):
+    _, tokenizer, _ = tiny
+    model, edited = (load(ROOT / "data/tiny")[0] for _ in range(2))
+    draw = torch.Generator().manual_seed(1)
+    D = {f"model.layers.{i}.mlp.{m}_proj": torch.rand(512, generator=draw) * (1 + i) for i in (1, 3) for m in ("gate", "up")}
+    found = causal_test(model, tokenizer, C_f, D, 1400, draws=2)
+    limit = torch.cat(list(D.values())).sort(descending=True).values[1399]
+    for name, d in D.items():
+        edited.get_submodule(name).weight.data[d >= limit] = 0
+    hits = answered(edited, tokenizer, C_f)
+    assert found["FS"]["percent"] == pytest.approx(100 * sum(hits) / 33, abs=0.01) and found["FS"]["percent"] < 100
+    assert found["m"] == 1400 and found["random_sd"] >= 0
+    nothing = causal_test(model, tokenizer, C_f, {"model.layers.0.mlp.up_proj": torch.rand(512, generator=draw)}, 1, draws=1)
+    assert nothing["FS"]["percent"] == nothing["random_FS"] == 100
+
+
+def test_the_lens_reads_every_block(tiny):
+    model, tokenizer, rows = tiny
+    wrong = [encode(tokenizer, e.question, e.answers[0]) for e in distractors(C_f)]
+    lens = logit_lens(model, rows[:2], wrong[:2])
+    assert lens.shape == (4, 2)
+    for block in range(4):
+        for i in range(2):
+            value = []
+            for ids, answer in (rows[i], wrong[i]):
+                with torch.no_grad():
+                    logits = model.lm_head(model.model.norm(model.hidden(torch.tensor([ids]), blocks=block + 1)))[0].tolist()
+                steps = [t for t, a in enumerate(answer) if a]
+                value.append(statistics.fmean(logits[t - 1][ids[t]] - math.log(math.fsum(map(math.exp, logits[t - 1]))) for t in steps))
+            assert lens[block, i].item() == pytest.approx(value[0] - value[1], abs=1e-9)
+
+
+def test_distractors_are_wrong_and_seeded():
+    for e, d in zip(C_f, distractors(C_f)):
+        assert d.question == e.question and d.answers[0] in e.false_options
+    assert [d.answers for d in distractors(C_f)] == [d.answers for d in distractors(C_f)] != [d.answers for d in distractors(C_f, 1)]
+    for e in C_f:
+        e = e.__class__(e.question, e.answers)  # TOFU has no false options
+        assert distractors([e, *C_f])[0].answers[0] not in e.answers
+
+
+def test_membership_by_plain_loops(tiny):
+    model, _, rows = tiny
+    found = membership(model, rows[:3], k=0.5)
+    for i, (ids, answer) in enumerate(rows[:3]):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0].tolist()
+        token, z = [], []
+        for t, is_answer in enumerate(answer):
+            if is_answer:
+                whole = math.fsum(map(math.exp, logits[t - 1]))
+                p = [math.exp(x) / whole for x in logits[t - 1]]
+                mean = math.fsum(q * math.log(q) for q in p)
+                sd = math.sqrt(math.fsum(q * (math.log(q) - mean) ** 2 for q in p))
+                token.append(math.log(p[ids[t]]))
+                z.append((token[-1] - mean) / sd)
+        k = max(1, round(0.5 * len(token)))
+        assert found["loss"][i] == pytest.approx(statistics.fmean(token))
+        assert found["min-k"][i] == pytest.approx(statistics.fmean(sorted(token)[:k]))
+        assert found["min-k++"][i] == pytest.approx(statistics.fmean(sorted(z)[:k]))
+
+
+def test_auc_counts_pairs():
+    x = auc([3.0, 2.0, 1.0], [2.0, 0.0])  # 3 above both, 2 ties one and beats one, 1 beats one
+    assert x["percent"] == pytest.approx(100 * 4.5 / 6, abs=0.01) and x["n"] == 2 and x["low"] < 75 < x["high"]
+    assert auc([1.0] * 5, [0.0] * 5)["low"] < 100  # five pairs do not prove it
+
+
+def test_intervals_cover_the_mean_and_ranks_share_ties():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(400, generator=draw)
+    (mean, low, high), (most, *_) = intervals(lambda i: [x[i].mean().item(), x[i].max().item()], 400, draws=1000)
+    assert mean == pytest.approx(x.mean().item()) and most == x.max().item()
+    for bound, side in ((low, -1), (high, 1)):
+        assert bound == pytest.approx(mean + side * 1.96 * x.std().item() / 20, abs=0.015)
+    assert ranks(torch.tensor([5.0, 1.0, 5.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert correlation(a, -3 * a + 1) == pytest.approx(-1) and correlation(ranks(a), ranks(a.exp())) == pytest.approx(1)
+    assert decades(7) == [1, 2, 5, 7] and decades(10) == [1, 2, 5, 10] and top(a, 2) == 7 and top(a, 9) == 10
+
+
+def test_the_saved_model_is_the_attacked_one(tmp_path):
+    subject, tokenizer = load(ROOT / "data/tiny")
+    for p in subject.parameters():  # a model that fails some items
+        p.data *= 0.8
+    save(subject, tokenizer, tmp_path / "after")
+    run = subprocess.run([sys.executable, "attack.py", "--model", str(tmp_path / "after"), "--save", str(tmp_path / "attacked"),
+                          "--attack-lrs", "1e-3", "1e-4", "--attack-epochs", "2", "--p", "0.3", "0.1"],
+                         cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    attacked = load(tmp_path / "attacked")[0]
+    pool = [e for e, hit in zip(C_f, answered(subject, tokenizer, C_f)) if not hit]
+    cell = next(harmful_attack(subject, tokenizer, pool, 0.3, (1e-3,), seeds=1, epochs=2))
+    assert 1 < cell["retrained"] < len(pool)
+    import random
+    chosen = set(random.Random("0 0 0.3").sample(range(len(pool)), cell["retrained"]))
+    rest = [e for i, e in enumerate(pool) if i not in chosen]
+    assert 100 * statistics.fmean(answered(attacked, tokenizer, rest)) == pytest.approx(cell["FS"][-1], abs=0.01)
+    assert not torch.equal(attacked.lm_head.weight, subject.lm_head.weight)
+
+    command = [sys.executable, "evaluate.py", "--before", "data/tiny", "--after", str(tmp_path / "after"), "--attacked",
+               str(tmp_path / "attacked"), "--ms", "10", "--other-items", "2", "--other-blocks", "2", "--other-neurons", "2"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "share of D-" in run.stdout, run.stderr
+    r = json.loads((tmp_path / "after/analysis.json").read_text())
+    assert r["n"] == 33 and list(r["checkpoints"]) == ["before", "after", "attacked"] and len(r["causal"]) == 1
+    assert r["checkpoints"]["before"]["lens"][-1]["percent"] == 100 and r["attributions"]["neurons"] == 28
+    assert len(r["top_100"]["D_neg"]["q_proj"]) == 4 and set(r["attributions"]["D"]) == {"Eq. 1", "integrated", "ablation"}
+    assert set(r["correlation"]) == {"before after", "after attacked"} and "NaN" not in (tmp_path / "after/analysis.json").read_text()
+    assert len(list((tmp_path / "after").glob("*.png"))) in (0, 5)
+
+
+def test_runs_side_by_side(tmp_path):
+    for i, (lam, back) in enumerate(((1e-3, 30.0), (1e-2, 20.0), (1e-1, 10.0))):
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        score = {"percent": 50.0}
+        after = {"steps": 7, "reached": True, "seconds_to_threshold": 1.0, "forget_margin": 0.0, "FS": score, "RS": score, "retain": score}
+        settings = {"model": "m", "method": "ssiuu", "backbone": "gd", "lr": 1e-5, "lam": lam, "first_order": False}
+        (folder / "result.json").write_text(json.dumps({"settings": settings, "after": after,
+                                                        "attacks": {"Harmful p = 0.1": {"percent": back}, "Benign": {"percent": None}}}))
+        D = {"D_pos": [0.1, 0, 1], "D_neg": [0.3 - i / 10, 0, 1], "share": [0.5, 0, 1]}
+        (folder / "analysis.json").write_text(json.dumps({"variation": {"neuron": D}}))
+        cells = [{"kind": "step"}, *({"kind": "harmful", "control": c, "p": 0.1, "lr": 1e-5, "FS": [90, x, 1]} for c, x in (("", 4), ("", 6), ("x", 50)))]
+        (folder / "log.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
+    r = runs_table([str(tmp_path / f"run{i}") for i in range(3)])
+    assert r["rows"]["run1"]["lam"] == 1e-2 and r["rows"]["run1"]["by_rate"] == {"harmful p=0.1": {"1e-05": [4, 6]}}
+    assert r["spearman"]["D_neg, Harmful p = 0.1"] == {"rho": pytest.approx(1), "n": 3}
+    assert "D_neg, Benign" not in r["spearman"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--after", "data/tiny"], "--before and --after together"), (["--before", "data/tiny", "--after", "nowhere"], "nowhere"),
+    (["--before", "data/tiny", "--after", "tests/golden/llama"], "tests/golden/llama"), (["--runs", "nowhere"], "nowhere/result.json")])
+def test_wrong_flags_end_in_one_line(flags, said):
+    run = subprocess.run([sys.executable, "evaluate.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and said in run.stderr and run.stderr.count("\n") == 1
