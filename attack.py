@@ -7,7 +7,7 @@ Dimensions: B sequences, K tokens.
 import json
 import random
 import statistics
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from data import Example, batches, collate, encode, load_alpaca
-from evaluate import answered, check_device, expect, item_scores, margin, read_flags, run, splits_of, wilson
+from evaluate import answered, check, item_scores, margin, read_flags, run, splits_of, wilson
 from model import LM, Tokenizer, answer_logprob, load, save
 
 
@@ -195,6 +195,18 @@ def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], s, known: tupl
         yield f"int{bits}", quantisation_attack(model, tokenizer, pool, bits, s.eval_batch, known)
 
 
+def finish(cells: Iterator[dict], report: Callable[[dict], None]) -> dict:
+    """`summary` of an attack's cells, each reported as it ends; an impossible attack is a cell that says why."""
+    done = []
+    try:
+        for c in cells:
+            done.append(c)
+            report(c)
+        return summary(done)
+    except (ValueError, FloatingPointError) as e:
+        return {"percent": None, "why": str(e)}
+
+
 def summary(cells: list[dict]) -> dict:
     """One table cell: per draw the maximum after the attack began, over points and rates; mean and spread over draws.
 
@@ -239,14 +251,8 @@ class Settings:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    check_device(s.device)
-    positive = ("attack_epochs", "attack_batch", "attack_seeds", "benign_rows", "benign_points", "eval_batch")
-    expect(**{f: (getattr(s, f), all(0 < x < 1 for x in getattr(s, f)), "numbers between 0 and 1")
-              for f in ("p", "attack_lrs", "benign_lrs")},
-           **{f: (getattr(s, f), getattr(s, f) > 0, "at least 1") for f in positive},
-           attack_rank=(s.attack_rank, s.attack_rank >= 0, "0 or more"),
-           save=(s.save, not (s.save and Path(s.save).exists()), "a new folder"),
-           bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"))
+    check(s, save=(s.save, not (s.save and Path(s.save).exists()), "a new folder"),
+          attack_seeds=(s.attack_seeds, s.attack_seeds > 0, "at least 1"))
     if s.benign:
         load_alpaca(s.benign)  # before the work, not after it
     (C_f, _, _), pool = splits_of(s.forget, s.splits, retain=s.retain), []
@@ -257,19 +263,12 @@ def main() -> None:
             raise ValueError(f"{name}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
         if s.save:  # for evaluate.py --attacked
             rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
-            generator = torch.Generator().manual_seed(s.seed)
-            for loss in retrain(model, rows, s.attack_lrs[0], s.attack_epochs, s.attack_batch, generator, s.attack_rank):
+            settings = s.attack_lrs[0], s.attack_epochs, s.attack_batch, torch.Generator().manual_seed(s.seed)
+            for loss in retrain(model, rows, *settings, s.attack_rank):
                 print(f"{name}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
             return save(model, tokenizer, s.save)
         for label, cells in attacks(model, tokenizer, pool, s):
-            done = []
-            try:
-                for c in cells:
-                    print(json.dumps({"model": name, **c}), flush=True)
-                    done.append(c)
-                result = summary(done)
-            except (ValueError, FloatingPointError) as e:
-                result = {"percent": None, "why": str(e)}
+            result = finish(cells, lambda c: print(json.dumps({"model": name, **c}), flush=True))
             print(json.dumps({"model": name, "kind": "summary", "attack": label, **result}), flush=True)
 
 

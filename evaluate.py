@@ -516,8 +516,30 @@ def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], unseen: list[Ex
             "three": three_attributions(model, rows[:s.other_items], picks) if s.other_items else {}}
 
 
+def by_module(before: dict[str, Tensor], after: dict[str, Tensor], m: int = 100) -> dict:
+    """Figure 5: {D_pos, D_neg: {module: [mean over its top m neurons, a number a block]}}."""
+    result = {"D_pos": {}, "D_neg": {}}
+    for name in before:
+        for key, D in zip(result, influence_variation(before[name], after[name])):
+            result[key].setdefault(name.rpartition(".")[2], []).append(top(D, m) / min(m, len(D)))
+    return result
+
+
+def by_rank(x: Tensor) -> dict:  # (2, n)
+    """Figure 6a: the attributions of n neurons in order, largest maximum and least minimum first."""
+    k = decades(x.shape[1])
+    order = x[0].sort(descending=True).values, x[1].sort().values
+    return {"rank": k, **{key: values[torch.tensor(k) - 1].tolist() for key, values in zip(("max", "min"), order)}}
+
+
+def stability(a: Tensor, b: Tensor) -> dict:  # (2, S, n) twice
+    """Figure 6b: rho over neurons of two checkpoints' attributions, means over items, with intervals."""
+    rho = intervals(lambda i: [correlation(x[i].mean(0), y[i].mean(0)) for x, y in zip(a, b)], a.shape[1])
+    return dict(zip(("max", "min"), rho))
+
+
 def analyse(s: "Settings") -> dict:
-    """Everything of Section 4 and 6.3 to 6.5 about one pair of checkpoints, or three, as analysis.json has it."""
+    """Sections 4 and 6.3 to 6.5, and what is beyond them, for two or three checkpoints, as analysis.json has it."""
     C_f, start, seen, causal = splits_of(s.forget, s.splits, 0, s.retain)[0], time.time(), {}, []
     unseen = (load_tofu if s.retain else load_faithun)(s.unseen) if s.unseen else []
     paths = {name: getattr(s, name) for name in ("before", "after", "attacked") if getattr(s, name)}
@@ -536,25 +558,16 @@ def analyse(s: "Settings") -> dict:
                 causal.append(causal_test(model, tokenizer, C_f, D_neg, m))
                 print(f"without {m} neurons of largest D-: FS {causal[-1]['FS']['percent']:.1f}  random "
                       f"{causal[-1]['random_FS']:.1f}  {time.time() - start:.0f}s", flush=True)
-    flat = {name: {level: torch.cat(list(x.values()), 2) for level, x in o["influence"].items()}
+    flat = {name: {level: torch.cat(list(x.values()), 2) for level, x in o.pop("influence").items()}
             for name, o in seen.items()}
-    A = {name: x["neuron"].mean(1) for name, x in flat.items()}                             # (2, n)
-    ks, pairs = [k - 1 for k in decades(A["before"].shape[1])], [("before", "after"), ("after", "attacked")]
-    return {
-        "before": s.before, "after": s.after, "attacked": s.attacked, "forget": s.forget, "n": len(C_f),
-        "variation": {level: hiding(x, flat["after"][level]) for level, x in flat["before"].items()},       # Figure 3
-        "top_100": {key: {kind: [influence_variation(a[name], b[name])[i].topk(min(100, a[name].shape[2])).values.mean()
-                                 .item() for name in a if name.endswith(kind)] for kind in MODULES}         # Figure 5
-                    for i, key in enumerate(("D_pos", "D_neg"))},
-        "attribution": {"rank": [k + 1 for k in ks], **{name: {                                            # Figure 6a
-            "max": x[0].sort(descending=True).values[ks].tolist(), "min": x[1].sort().values[ks].tolist()}
-            for name, x in A.items()}},
-        "correlation": {f"{p} {q}": dict(zip(("max", "min"), intervals(lambda i: [                          # Figure 6b
-            correlation(flat[p]["neuron"][j][i].mean(0), flat[q]["neuron"][j][i].mean(0)) for j in (0, 1)], len(C_f))))
-            for p, q in pairs if q in A},
-        "causal": causal, "attributions": agreement(seen["before"]["three"], seen["after"]["three"]),
-        "checkpoints": {name: {key: o[key] for key in ("FS", "margin", "lens", "membership")}
-                        for name, o in seen.items()}}
+    three = [o.pop("three") for o in seen.values()]
+    return {"n": len(C_f), "forget": s.forget, "paths": paths,
+            "variation": {level: hiding(x, flat["after"][level]) for level, x in flat["before"].items()},
+            "by_module": by_module(a, b),
+            "attribution": {name: by_rank(x["neuron"].mean(1)) for name, x in flat.items()},
+            "correlation": {f"{p} {q}": stability(flat[p]["neuron"], flat[q]["neuron"])
+                            for p, q in (("before", "after"), ("after", "attacked")) if q in flat},
+            "causal": causal, "attributions": agreement(*three[:2]), "checkpoints": seen}
 
 
 def agreement(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict:
@@ -573,7 +586,7 @@ def agreement(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict:
     return result
 
 
-def summary_line(r: dict) -> str:
+def summary(r: dict) -> str:
     """What an analysis says, for a person."""
     x, last = r["variation"]["neuron"], r["checkpoints"]["after"]
     pos, neg, share = ("{:.3g} [{:.2g}, {:.2g}]".format(*x[key]) for key in ("D_pos", "D_neg", "share"))
@@ -594,10 +607,9 @@ def runs_table(folders: list[str]) -> dict:
     for folder in map(Path, folders):
         result, analysis = read_json(folder / "result.json"), read_json(folder / "analysis.json", default={})
         s, after = result["settings"], result["after"]
-        row = rows[folder.name] = {key: s.get(key) for key in ("model", "method", "backbone", "lr", "lam", "first_order")}
-        row |= {key: after.get(key) for key in ("steps", "reached", "forget_margin")}
-        row |= {"seconds": round(after["seconds_to_threshold"], 1), **{
-            key: after[key]["percent"] for key in ("FS", "RS", "retain")}}
+        row = rows[folder.name] = {key: s[key] for key in ("method", "backbone", "lr", "lam", "first_order")}
+        row |= {"steps": after["steps"], "seconds": round(after["seconds_to_threshold"], 1)}
+        row |= {key: after[key]["percent"] for key in ("FS", "RS", "retain")} | {"margin": after["forget_margin"]}
         row |= {label: x["percent"] for label, x in result.get("attacks", {}).items()}
         if analysis:
             x = analysis["variation"]["neuron"]
@@ -614,6 +626,14 @@ def runs_table(folders: list[str]) -> dict:
                 found[f"{key}, {label}"] = {"rho": correlation(*(ranks(torch.tensor(x)) for x in zip(*pairs))),
                                             "n": len(pairs)}
     return {"rows": rows, "spearman": found}
+
+
+def markdown(rows: dict[str, dict]) -> str:
+    keys = [key for key in dict.fromkeys(key for row in rows.values() for key in row) if key != "by_rate"]
+    lines = [["run", *keys], ["---"] * (len(keys) + 1)]
+    lines += [[name, *(f"{x:.4g}" if isinstance(x, float) else "-" if x is None else str(x)
+                       for x in map(row.get, keys))] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(path: Path, title: str, *panels: tuple[dict, dict]) -> None:
@@ -645,20 +665,20 @@ def figures(r: dict, folder: Path) -> None:
         {"xlabel": "block", "ylabel": "answer above distractor, %", "ylim": (0, 101)},
         {name: (range(len(o["lens"])), [b["percent"] for b in o["lens"]], styles[name],
                 *([b[edge] for b in o["lens"]] for edge in ("low", "high"))) for name, o in checkpoints.items()}))
-    rho = "; ".join(f"{pair}: " + ", ".join(f"{k} {v[0]:.2f}" for k, v in x.items()) for pair, x in r["correlation"].items())
-    draw(folder / "figure6.png", f"Figure 6: attribution in units of P, n = {n}. rho {rho}", *(
+    rho = [f"{pair} {key} {x[key][0]:.2f}" for pair, x in r["correlation"].items() for key in x]
+    draw(folder / "figure6.png", f"Figure 6: attribution in units of P, n = {n}. rho: {', '.join(rho)}", *(
         ({**log, "xlabel": "neurons, sorted", "ylabel": label},
-         {name: (r["attribution"]["rank"], [sign * v for v in r["attribution"][name][key]], styles[name])
-          for name in checkpoints}) for key, sign, label in (("max", 1, "max over tokens"), ("min", -1, "- min over tokens"))))
+         {name: (x["rank"], [abs(v) for v in x[key]], styles[name]) for name, x in r["attribution"].items()})
+        for key, label in (("max", "max over tokens"), ("min", "- min over tokens"))))
+    ms, found, by_chance = zip(*((c["m"], c["FS"]["percent"], c["random_FS"]) for c in r["causal"]))
     draw(folder / "causal.png", f"Spurious neurons silenced, n = {n}", (
         {"xscale": "log", "xlabel": "neurons", "ylabel": "FS, %", "ylim": (0, 101)},
-        {"largest D-": ([c["m"] for c in r["causal"]], [c["FS"]["percent"] for c in r["causal"]], "k-"),
-         "random, as many in each module": ([c["m"] for c in r["causal"]], [c["random_FS"] for c in r["causal"]], "k:")}))
+        {"largest D-": (ms, found, "k-"), "random, as many in each module": (ms, by_chance, "k:")}))
 
     fig, axes = pyplot().subplots(2, 1, figsize=(6, 5), layout="constrained")
     fig.suptitle(f"Figure 5: mean variation of P, top 100 neurons of each module, n = {n}")
-    most = max(v for part in r["top_100"].values() for row in part.values() for v in row)
-    for ax, (key, part) in zip(axes, r["top_100"].items()):
+    most = max(v for part in r["by_module"].values() for row in part.values() for v in row)
+    for ax, (key, part) in zip(axes, r["by_module"].items()):
         image = ax.imshow(list(part.values()), cmap="Greys", aspect="auto", vmin=0, vmax=most)
         ax.set(yticks=range(len(part)), yticklabels=part, xlabel="block", title={"D_pos": "D+", "D_neg": "D-"}[key])
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -669,15 +689,16 @@ def figures(r: dict, folder: Path) -> None:
 def figure_7(r: dict, folder: Path) -> None:
     """(a) lambda against retention and recovery; (b, c) the attacks' learning rates. FS is a percentage."""
     rows = sorted(r["rows"].items(), key=lambda item: item[1]["lam"])
-    swept, styles = [row for _, row in rows if row["method"] == "ssiuu"], [m + s for m in "sov" for s in ("-", "--", ":")]
+    swept = [row for _, row in rows if row["method"] == "ssiuu"]
+    styles = [f"k{marker}{line}" for marker in "sov" for line in ("-", "--", ":")]
     keys = ["retain", "RS", *(k for k in rows[0][1] if k.startswith("Harmful"))]
     rates = {kind: [(f"{name} {label}", x) for name, row in rows for label, x in row.get("by_rate", {}).items()
                     if label.startswith(kind)] for kind in ("harmful", "benign")}
     draw(folder / "figure7.png", "Figure 7", (
         {"xscale": "log", "xlabel": "lambda", "ylabel": "%", "ylim": (0, 101)},
-        {key: ([row["lam"] for row in swept], [row.get(key) for row in swept], f"k{style}") for key, style in zip(keys, styles)}),
+        {key: ([r["lam"] for r in swept], [r.get(key) for r in swept], style) for key, style in zip(keys, styles)}),
         *(({"xscale": "log", "xlabel": f"learning rate, {kind} attack", "ylabel": "max FS, %", "ylim": (0, 101)},
-           {label: ([float(lr) for lr in x], [statistics.fmean(v) for v in x.values()], f"k{style}")
+           {label: ([float(lr) for lr in x], [statistics.fmean(v) for v in x.values()], style)
             for (label, x), style in zip(found, styles * len(found))}) for kind, found in rates.items()))
 
 
@@ -724,6 +745,27 @@ def expect(**checks: tuple) -> None:
             raise ValueError(f"--{flag.replace('_', '-')}: found {value!r}, expected {wanted}")
 
 
+def check(s, **more: tuple) -> None:
+    """`expect` of the flags that commands share, where the settings `s` have them, then of `more`; and the device."""
+    def each(names: str, ok: Callable, wanted: str) -> dict:
+        return {f: (x, all(map(ok, x if isinstance(x, tuple) else (x,))), wanted)
+                for f, x in ((f, getattr(s, f)) for f in names.split() if hasattr(s, f))}
+    expect(**each("lr teach_lr lrs attack_lrs benign_lrs p", lambda x: 0 < x < 1, "between 0 and 1"),
+           **each("steps attack_epochs attack_batch benign_rows benign_points utility_n seeds klue_n eval_batch ms "
+                  "save_every", lambda x: x > 0, "at least 1"),
+           **each("batch_size micro_batch attack_rank test_limit teach_epochs other_items other_blocks other_neurons",
+                  lambda x: x >= 0, "0 or more"),
+           **each("bits", lambda x: 2 <= x <= 16, "numbers from 2 to 16"),
+           **each("benign", lambda x: not x or Path(x).is_file(), "an Alpaca file, or '' for no benign attack"),
+           **each("utility", lambda x: not x or Path(x).is_dir(), "a folder"),
+           **each("control", lambda x: all(Path(c, "config.json").is_file() for c in x.split(",") if c),
+                  "checkpoint directories, divided by commas"), **more)
+    kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    kind, _, index = s.device.partition(":")
+    expect(device=(s.device, kind in kinds and index in ("", *map(str, range(max(1, torch.cuda.device_count())))),
+                   " or ".join(kinds) + " on this machine"))
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command: what is wrong with its input ends in one line on stderr and status 1, not in a traceback."""
     try:
@@ -759,14 +801,13 @@ class Settings:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    check_device(s.device)
-    expect(utility_n=(s.utility_n, s.utility_n > 0, "a number above 0"), ms=(s.ms, min(s.ms) > 0, "numbers above 0"),
-           after=(s.after, bool(s.before) == bool(s.after), "--before and --after together"))
+    check(s, after=(s.after, bool(s.before) == bool(s.after), "--before and --after together"))
     if any(s.runs) or s.after:
         folder, name = Path(s.out or s.after or "runs"), "runs" if any(s.runs) else "analysis"
         result = runs_table(s.runs) if any(s.runs) else analyse(s)
         write_json(folder / f"{name}.json", result)
-        print(json.dumps(result, indent=1) if any(s.runs) else summary_line(result), f"{folder}/{name}.json", sep="\n")
+        said = f"{markdown(result['rows'])}\n{result['spearman']}" if any(s.runs) else summary(result)
+        print(f"{said}\n{folder}/{name}.json", flush=True)
         return (figure_7 if any(s.runs) else figures)(result, folder) if pyplot() else None
     tasks = load_utility(s.utility) if s.utility else {}
     C_f, C_r, C_t = splits_of(s.forget, s.splits, s.test_limit, s.retain)
@@ -777,13 +818,6 @@ def main() -> None:
         result["US"] = utility(model, tokenizer, tasks, s.utility_n, s.seed)
     logp, lead = margin(model, tokenizer, C_f)
     print(json.dumps({"model": s.model, **result, "forget_logp": logp, "forget_margin": lead}, indent=1))
-
-
-def check_device(device: str) -> None:
-    kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    kind, _, index = device.partition(":")
-    expect(device=(device, kind in kinds and index in ("", *map(str, range(max(1, torch.cuda.device_count())))),
-                   " or ".join(kinds) + " on this machine"))
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from attack import attacks, falsely_answered, retrain, summary
+from attack import attacks, falsely_answered, finish, retrain
 from data import Example, batches, collate, encode, load_alpaca, load_tofu, load_utility, mcqa_prompt
-from evaluate import (FFN, accuracy, check_device, expect, influence, item_scores, margin, mismatched_tau, read_flags,
-                      run, splits_of, utility)
+from evaluate import (FFN, accuracy, check, expect, influence, item_scores, margin, mismatched_tau, read_flags, run,
+                      splits_of, utility)
 from model import LM, Tokenizer, answer_logprob, load, read_json, save, write, write_json, write_tensors
 
 Tensors = list[Tensor]
@@ -175,6 +175,8 @@ class Settings:
     target: str = "prob"                  # P: prob (Eq. 12), or logprob, which does not vanish with P
     scope: str = "all"                    # parameters under the penalty: all (Eq. 12), or linear: q k v o gate up down
     first_order: bool = False             # drop the Hessian of Eq. 14
+    measure: bool = False                 # log the penalty's gradient: its norm over L's, its angle to first order
+    lam_share: float = 0.0                # above 0: each step lam makes that norm this share of L's
     beta: float = 0.1                     # of DPO and NPO (C.2 (4): searched in 0.1 to 0.5)
     rmu_alpha: float = 100.0              # weight of RMU's retain term (C.2 (5): 20 to 300)
     rmu_c: float = 20.0                   # length of RMU's control vector (C.2 (5))
@@ -267,7 +269,7 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
 
 def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (neurons,) bool
     """KLUE's neurons, in the order of `trained`: outputs of gate, up and down, ranked over all blocks at once."""
-    def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # mean over pairs of max over tokens of Eq. 1, App. A's clamp
+    def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # Eq. 1, max over tokens, App. A's clamp
         A = influence(model, [encode(tokenizer, *pair) for pair in pairs], FFN)["neuron"]
         return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()])
 
@@ -346,6 +348,10 @@ def penalised_backward(graph: Callable, parts: list[list[int]], phi: Tensors, A_
         for part in group:
             A_part = phi_g(phi, graph(part)[1])                                                    # l.5
             A[key] = total([A[key], A_part]) if key in A else list(A_part)
+    extra = measured(*held, A_prev[0], phi, s.lam or 1.0) if (s.measure or s.lam_share) and 0 in A_prev else {}
+    if s.lam_share and extra:
+        s = replace(s, lam=(s.lam or 1.0) * s.lam_share / extra["penalty_ratio"])
+        extra["lam"] = s.lam
     I_neg, L_ssiuu = negative(total(A.values()) if A else phi_g(phi, held[1])), 0.0                # l.10
     for key, group in groups.items():
         v = None                                                                                   # l.7, l.8
@@ -357,7 +363,18 @@ def penalised_backward(graph: Callable, parts: list[list[int]], phi: Tensors, A_
             L.backward() if v is None else ssiuu_backward(L, g, v, phi, s.first_order)             # l.13
         if s.anchor == "previous" or key not in A_prev:                                            # l.12
             A_prev[key] = A.get(key) or [a if v is None else v[k].copy_(a) for k, a in enumerate(phi_g(phi, g))]
-    return {"L_SSIUU": L_ssiuu, "I_neg": sum(i.sum().item() for i in I_neg) / sum(p.numel() for p in phi)}
+    return {"L_SSIUU": L_ssiuu, "I_neg": sum(i.sum().item() for i in I_neg) / sum(p.numel() for p in phi), **extra}
+
+
+def measured(L: Tensor, g: Tensors, A_prev: Tensors, phi: Tensors, lam: float) -> dict:
+    """The norm of the penalty's gradient (Eq. 14) over that of the backbone's forget term, and the cosine between the
+    penalty's whole gradient and its first-order form, without H v."""
+    backbone, A = torch.autograd.grad(L, phi, retain_graph=True), list(phi_g(phi, g))
+    full = ssiuu_grad(g, A, A_prev, phi, lam)
+    first = [2 * lam * i * (a - a_prev) * g_p.detach() for i, a, a_prev, g_p in zip(negative(A), A, A_prev, g)]
+    n_L, n, n_first = (torch.nn.utils.get_total_norm(x).clamp(min=1e-30).item() for x in (backbone, full, first))
+    dot = sum((a * b).sum().item() for a, b in zip(first, full))
+    return {"penalty_ratio": n / n_L, "first_order_cos": dot / n / n_first}
 
 
 def phi_g(phi: Tensors, g: Tensors) -> Iterator[Tensor]:
@@ -471,7 +488,7 @@ def new_folder(s: Settings) -> Path:
     """runs/<name>; the default name counts up where it is taken, a chosen one must be free."""
     name = s.name or f"{s.method.replace(',', '-')}-{Path(s.model).name}"
     expect(name=(s.name, not (s.name and Path("runs", s.name).exists()), "a new name, or --resume for that folder"))
-    return next(p for p in (Path("runs", name + k) for k in ("", *(f"-{k}" for k in range(2, 10000)))) if not p.exists())
+    return next(p for p in (Path("runs", name + k) for k in ("", *(f"-{i}" for i in range(2, 9999)))) if not p.exists())
 
 
 def source(s: Settings, folder: Path) -> str:
@@ -604,18 +621,17 @@ def attack(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings, fo
            control: str = "") -> dict:
     """{attack: its summary}; cells are logged as they finish, an impossible attack is a cell that says why."""
     known, start, result = [r for r in log if r.get("control") == control], time.time(), {}
+
+    def report(c: dict) -> None:
+        if c not in known:
+            note(folder, log, {"control": control, **c})
+        print(f"{label}{' on ' * bool(control)}{control}  draw {c['seed']}  lr {c['lr']:g}  FS max {max(c['FS']):.1f} "
+              f"of n {c['n']}  margin {c['margin'][0]:.2f} -> {max(c['margin']):.2f}  {time.time() - start:.0f}s", flush=True)
+
     for label, cells in attacks(model, tokenizer, pool, s, known):
-        found = []
-        try:
-            for c in cells:
-                found.append(c if c in known else note(folder, log, {"control": control, **c}))
-                print(f"{label}{' on ' * bool(control)}{control}  draw {c['seed']}  lr {c['lr']:g}  FS max "
-                      f"{max(c['FS']):.1f} of n {c['n']}  margin {c['margin'][0]:.2f} -> {max(c['margin']):.2f}  "
-                      f"{time.time() - start:.0f}s", flush=True)
-            result[label] = summary(found)
-        except (ValueError, FloatingPointError) as e:
-            print(e, flush=True)
-            result[label] = {"percent": None, "why": str(e)}
+        result[label] = finish(cells, report)
+        if "why" in result[label]:
+            print(result[label]["why"], flush=True)
     return result
 
 
@@ -747,31 +763,20 @@ def bench(s: Settings) -> None:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    check_device(s.device)
     methods = list(METHODS) if s.method == "all" else s.method.split(",")
     one_of = {"backbone": ("gd", "ga", "dpo", "npo", *methods), "anchor": ("previous", "initial"),
               "target": ("prob", "logprob"), "scope": ("all", "linear"), "dtype": ("float32", "bfloat16")}
-    rates = ("lr", "teach_lr", "lrs", "attack_lrs", "benign_lrs", "p")
-    positive = ["steps", "attack_epochs", "attack_batch", "benign_rows", "benign_points", "utility_n", "seeds",
-                "klue_n", "eval_batch", "save_every"]
-    natural = ["batch_size", "micro_batch", "attack_rank", "test_limit", "teach_epochs"]
-    (positive if len(methods) > 1 else natural).append("attack_seeds")  # without an attack there is no table
-    expect(method=(s.method, all(m in METHODS for m in methods), f"all, or some of {', '.join(METHODS)}"),
-           **{f: (getattr(s, f), getattr(s, f) in names, " or ".join(names)) for f, names in one_of.items()},
-           **{f: (x, all(0 < r < 1 for r in (x if isinstance(x, tuple) else (x,))), "between 0 and 1")
-              for f, x in ((f, getattr(s, f)) for f in rates)},
-           **{f: (getattr(s, f), getattr(s, f) > 0, "at least 1") for f in positive},
-           **{f: (getattr(s, f), getattr(s, f) >= 0, "0 or more") for f in natural},
-           lam=(s.lam, 0 <= s.lam < math.inf, "a number >= 0"), tau=(s.tau, 0 <= s.tau <= 1, "a fraction from 0 to 1"),
-           beta=(s.beta, s.beta > 0, "a number above 0"), betas=(s.betas, min(s.betas) > 0, "numbers above 0"),
-           bench_tokens=(s.bench_tokens, s.bench_tokens > 6, "at least 7, six of them the answer"),
-           klue_share=(s.klue_share, 0 < s.klue_share <= 1, "a share from 0 to 1"),
-           bits=(s.bits, all(2 <= b <= 16 for b in s.bits), "numbers from 2 to 16"),
-           benign=(s.benign, not s.benign or Path(s.benign).is_file(), "an Alpaca file, or '' for no benign attack"),
-           utility=(s.utility, not s.utility or Path(s.utility).is_dir(), "a folder"),
-           control=(s.control, all(Path(c, "config.json").is_file() for c in s.control.split(",") if c),
-                    "checkpoint directories, divided by commas"),
-           resume=(s.resume, not s.resume or Path(s.resume, "settings.json").is_file(), "the folder of a run"))
+    least = int(len(methods) > 1)  # without an attack there is no table
+    check(s, method=(s.method, all(m in METHODS for m in methods), f"all, or some of {', '.join(METHODS)}"),
+          **{f: (getattr(s, f), getattr(s, f) in names, " or ".join(names)) for f, names in one_of.items()},
+          attack_seeds=(s.attack_seeds, s.attack_seeds >= least, f"at least {least}"),
+          lam=(s.lam, 0 <= s.lam < math.inf, "a number >= 0"), tau=(s.tau, 0 <= s.tau <= 1, "a fraction from 0 to 1"),
+          measure=(s.measure, not (s.measure or s.lam_share) or not (s.micro_batch or s.per_example),
+                   "--micro-batch 0 and no --per-example"),
+          beta=(s.beta, s.beta > 0, "a number above 0"), betas=(s.betas, min(s.betas) > 0, "numbers above 0"),
+          bench_tokens=(s.bench_tokens, s.bench_tokens > 6, "at least 7, six of them the answer"),
+          klue_share=(s.klue_share, 0 < s.klue_share <= 1, "a share from 0 to 1"),
+          resume=(s.resume, not s.resume or Path(s.resume, "settings.json").is_file(), "the folder of a run"))
     free = {"resume", "name", "device", "eval_batch", "micro_batch", "save_every"}  # what a resumed run may change
     free |= {"seeds"} if len(methods) > 1 else {"steps", "attack_seeds", "control", "utility", "utility_n"}
     begun = read_json(Path(s.resume, "settings.json")) if s.resume else {}

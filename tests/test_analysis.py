@@ -235,7 +235,7 @@ def test_the_saved_model_is_the_attacked_one(tmp_path):
     r = json.loads((tmp_path / "after/analysis.json").read_text())
     assert r["n"] == 33 and list(r["checkpoints"]) == ["before", "after", "attacked"] and len(r["causal"]) == 1
     assert r["checkpoints"]["before"]["lens"][-1]["percent"] == 100 and r["attributions"]["neurons"] == 28
-    assert len(r["top_100"]["D_neg"]["q_proj"]) == 4 and set(r["attributions"]["D"]) == {"Eq. 1", "integrated", "ablation"}
+    assert len(r["by_module"]["D_neg"]["q_proj"]) == 4 and set(r["attributions"]["D"]) == {"Eq. 1", "integrated", "ablation"}
     assert set(r["correlation"]) == {"before after", "after attacked"} and "NaN" not in (tmp_path / "after/analysis.json").read_text()
     assert len(list((tmp_path / "after").glob("*.png"))) in (0, 5)
 

@@ -144,3 +144,25 @@ def test_lambda_zero_is_gd_and_a_seed_repeats_bit_for_bit():
 def test_unlearning_stops_at_the_threshold():
     _, records = weights_after(replace(S, steps=40, tau=0.5, lr=1e-3))
     assert records[-1]["FS"] <= 50 and all(r["FS"] > 50 for r in records[:-1])
+
+
+def test_measuring_and_the_balanced_lambda_against_the_literal_gradient():
+    measured, whole, stats, _ = gradient(replace(S, measure=True))
+    assert all(torch.equal(a, b) for a, b in zip(measured, gradient(S)[0]))  # looking changes nothing
+    model, _, _, rows = model_and_rows()
+    phi, logp = list(model.parameters()), answer_logprob(model, collate(list(rows.values())))
+    L = torch.autograd.grad(logp.mean(), phi, retain_graph=True)
+    g = torch.autograd.grad(logp.exp().sum(), phi, create_graph=True)
+    first = []  # the penalty's gradient where g is a constant
+    for p, gp, q in zip(phi, g, previous(model)[0]):
+        w = p.detach().clone().requires_grad_()
+        a = w * gp.detach()
+        first.append(torch.autograd.grad(S.lam * ((a - q)[a < 0] ** 2).sum(), w)[0])
+    flat = [torch.cat([x.flatten() for x in xs]).double() for xs in ([a - b for a, b in zip(whole, L)], first, L)]
+    assert stats["penalty_ratio"] == pytest.approx((flat[0].norm() / flat[2].norm()).item(), rel=1e-6)
+    cos = torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0).item()
+    assert stats["first_order_cos"] == pytest.approx(cos, abs=1e-6) and abs(cos) < 0.999
+
+    balanced, _, stats, _ = gradient(replace(S, lam_share=0.25))
+    ratio = torch.cat([(a - b).flatten() for a, b in zip(balanced, L)]).norm() / flat[2].norm()
+    assert ratio.item() == pytest.approx(0.25, rel=1e-6) and stats["lam"] == pytest.approx(0.25 * S.lam / stats["penalty_ratio"])
