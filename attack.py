@@ -251,7 +251,7 @@ class Settings:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    check(s, save=(s.save, not (s.save and Path(s.save).exists()), "a new folder"),
+    check(s, save=(s.save, not s.save or not s.control and not Path(s.save).exists(), "a new folder, and no --control"),
           attack_seeds=(s.attack_seeds, s.attack_seeds > 0, "at least 1"))
     if s.benign:
         load_alpaca(s.benign)  # before the work, not after it
@@ -262,6 +262,7 @@ def main() -> None:
         if not pool:
             raise ValueError(f"{name}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
         if s.save:  # for evaluate.py --attacked
+            Path(s.save).mkdir(parents=True)  # what cannot be written ends before the work
             rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
             settings = s.attack_lrs[0], s.attack_epochs, s.attack_batch, torch.Generator().manual_seed(s.seed)
             for loss in retrain(model, rows, *settings, s.attack_rank):

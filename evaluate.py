@@ -311,21 +311,24 @@ def neuron_attribution(model: LM, batch: Batch, modules: tuple[str, ...] = MODUL
     return {name: (x * g).detach().view(*batch.ids.shape, -1) for (name, x), g in zip(h.items(), grads)}
 
 
-def influence(model: LM, rows: list, modules: tuple[str, ...] = MODULES) -> dict[str, dict[str, Tensor]]:
+def influence(model: LM, rows: list, modules: tuple[str, ...] = MODULES, levels: tuple[str, ...] = ("neuron",)
+              ) -> dict[str, dict[str, Tensor]]:
     """max_k and min_k of A over tokens for every (x, y): {level: {module: (2, S, n)}} (Eq. 2, 4, 5).
 
     Levels: neuron, head (of q, k, v; the sum of its neurons' A, which is Eq. 1 of the head as a vector) and module.
     One (x, y) at a time. The last token of y predicts nothing and is left out: its A = 0 would bound every maximum.
     """
-    found = {"neuron": {}, "head": {}, "module": {}}
-    for row in rows:
+    found = {level: {} for level in levels}
+    for i, row in enumerate(rows):
         for name, A in neuron_attribution(model, collate([row]).to(model.lm_head.weight.device), modules).items():
             widths = {"neuron": 1, "module": A.shape[2]}
             widths |= {"head": model.config.head_dim} if name.endswith(MODULES[:3]) else {}
-            for level, width in widths.items():
-                x = A[0, :-1].unflatten(1, (-1, width)).sum(2)                              # (K-1, n)
-                found[level].setdefault(name, []).append(torch.stack((x.amax(0), x.amin(0))))
-    return {level: {name: torch.stack(x, 1) for name, x in part.items()} for level, part in found.items()}
+            for level in set(levels) & set(widths):
+                x = A[0, :-1].unflatten(1, (-1, widths[level])).sum(2)                      # (K-1, n)
+                if name not in found[level]:
+                    found[level][name] = torch.empty(2, len(rows), x.shape[1], dtype=x.dtype)
+                found[level][name][:, i] = torch.stack((x.amax(0), x.amin(0)))
+    return found
 
 
 def influence_variation(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:  # (2, S, n) twice -> (n,) twice
@@ -343,12 +346,15 @@ def top(D: Tensor, m: int) -> float:
     return D.topk(min(m, len(D))).values.sum().item()
 
 
-def intervals(measure: Callable[[Tensor], list[float]], n: int, draws: int = 200, seed: int = 0) -> list[list[float]]:
-    """[value, low, high] of each number measured: on all n items, and 95 % bootstrap percentiles over the items."""
-    draw = torch.Generator().manual_seed(seed)
-    values = torch.tensor([measure(torch.randint(n, (n,), generator=draw)) for _ in range(draws)])
-    low, high = values.quantile(torch.tensor([0.025, 0.975]), 0).tolist()
-    return [list(triple) for triple in zip(measure(torch.arange(n)), low, high)]
+def intervals(measure: Callable[[Tensor], list[float]], n: int) -> list[list[float]]:
+    """[value, low, high] of each number measured on items 0 to n-1: the jackknife's normal 95 % interval over items.
+
+    Not a bootstrap: an item drawn twice adds noise to each neuron's mean, which lifts a top-m sum and lowers a rho.
+    """
+    value, items = torch.tensor(measure(torch.arange(n))), torch.arange(n)
+    left_out = torch.tensor([measure(items[items != i]) for i in range(n)])
+    half = 1.96 * ((n - 1) * left_out.var(0, correction=0)).sqrt()
+    return torch.stack((value, value - half, value + half), 1).tolist()
 
 
 def hiding(before: Tensor, after: Tensor, m: int = 100) -> dict:  # (2, S, n) twice
@@ -357,11 +363,11 @@ def hiding(before: Tensor, after: Tensor, m: int = 100) -> dict:  # (2, S, n) tw
     def measured(items: Tensor) -> list[float]:
         pos, neg = (top(D, m) for D in influence_variation(before[:, items], after[:, items]))
         return [pos, neg, neg / (pos + neg) if pos + neg else 0.5]
-    pos, neg, share = intervals(measured, before.shape[1])
+    pos, neg, share = ([max(0.0, x) for x in triple] for triple in intervals(measured, before.shape[1]))
     points = decades(before.shape[2])
     D_pos, D_neg = ([top(D, k) for k in points] for D in influence_variation(before, after))
-    return {"neurons": before.shape[2], "m": m, "D_pos": pos, "D_neg": neg, "share": share,
-            "curves": {"m": points, "D_pos": D_pos, "D_neg": D_neg}}
+    return {"neurons": before.shape[2], "m": min(m, before.shape[2]), "D_pos": pos, "D_neg": neg,
+            "share": [min(1.0, x) for x in share], "curves": {"m": points, "D_pos": D_pos, "D_neg": D_neg}}
 
 
 def decades(n: int) -> list[int]:
@@ -370,8 +376,8 @@ def decades(n: int) -> list[int]:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:  # (n,), (n,)
-    """Pearson's rho (Figure 6b)."""
-    return torch.corrcoef(torch.stack((a, b)).double())[0, 1].item()
+    """Pearson's rho (Figure 6b); 0 where one of them is constant."""
+    return torch.corrcoef(torch.stack((a, b)).double())[0, 1].nan_to_num(0).item()
 
 
 def ranks(a: Tensor) -> Tensor:
@@ -386,12 +392,12 @@ def logit_lens(model: LM, rows: list, wrong: list) -> Tensor:  # -> (L, S)
     """Lead of y over a distractor after each of L blocks, nats per token: the last norm and the head applied to the
     states there, each answer read with its own tokens (Section 6.3, Figure 4). The paper counts how often it is > 0.
     """
-    def read(rows: list) -> Tensor:
-        batch, states = collate(rows).to(model.lm_head.weight.device), []
+    def read(row: tuple) -> Tensor:  # -> (L,)
+        batch, states = collate([row]).to(model.lm_head.weight.device), []
         with hooked(model.model.layers, lambda layer, _, out: states.append(out)):
             model.hidden(batch.ids)
-        return torch.stack([answer_logprob(model, batch, model.model.norm(h)) for h in states]) / batch.answer.sum(1)
-    return read(rows) - read(wrong)
+        return torch.cat([answer_logprob(model, batch, model.model.norm(h)) for h in states]) / batch.answer.sum()
+    return torch.stack([read(row) - read(other) for row, other in zip(rows, wrong)], 1)
 
 
 # ---------------------------------------------------------- beyond the paper: is what Eq. 1 says true?
@@ -401,16 +407,20 @@ def integrated_gradients(model: LM, batch: Batch, module: str, steps: int = 8) -
     """h times the mean of dP/d(a h) for a from 0 to 1: a module's whole output is scaled (Sundararajan et al. 2017).
 
     Summed over tokens and neurons it is P with the module's output less P without it, which Eq. 1 is only near 0.
+    The steps run as one batch.
     """
-    layer, h, total = model.get_submodule(module), [], 0.0
-    for i in range(steps):
-        def scale(_, __, out: Tensor) -> Tensor:
-            h[:] = out.detach(), out.detach().mul((i + 0.5) / steps).requires_grad_()
-            return h[1]
-        with hooked([layer], scale):
-            P = answer_logprob(model, batch).exp().sum()
-        total = total + torch.autograd.grad(P, h[1])[0]
-    return (h[0] * total / steps).view(*batch.ids.shape, -1)
+    (B, K), h = batch.ids.shape, []
+    a = (torch.arange(steps, device=batch.ids.device) + 0.5) / steps
+
+    def scale(_, __, out: Tensor) -> Tensor:
+        x = out.detach().view(B, steps, K, -1)
+        h[:] = x[:, 0], (x * a[:, None, None]).requires_grad_()
+        return h[1].view(out.shape)
+
+    with hooked([model.get_submodule(module)], scale):
+        copies = Batch(batch.ids.repeat_interleave(steps, 0), batch.answer.repeat_interleave(steps, 0))
+        P = answer_logprob(model, copies).exp().sum()
+    return h[0] * torch.autograd.grad(P, h[1])[0].mean(1)
 
 
 def without(model: LM, keep: dict[str, Tensor]):
@@ -419,26 +429,27 @@ def without(model: LM, keep: dict[str, Tensor]):
     return hooked(masks, lambda layer, _, out: out * masks[layer])
 
 
-def three_attributions(model: LM, rows: list, picks: dict[str, Tensor], steps: int = 8) -> dict[str, Tensor]:
+def three_attributions(model: LM, rows: list, picks: dict[str, Tensor]) -> dict[str, Tensor]:
     """{kind: (3, S, N)}: max_k, min_k and sum_k over tokens of the neurons picks = {module: indices}.
 
     Kinds: Eq. 1, integrated gradients, and ablation: P less P with the neuron silent, which has no tokens: its
     maximum and minimum are those of the one number and 0.
     """
-    batch, found = collate(rows).to(model.lm_head.weight.device), {"Eq. 1": [], "integrated": [], "ablation": []}
-    A, P = neuron_attribution(model, batch), answer_logprob(model, batch).exp().detach()
-    for name, chosen in picks.items():
-        for kind, a in (("Eq. 1", A[name]), ("integrated", integrated_gradients(model, batch, name, steps))):
-            a = a[..., chosen]
-            found[kind].append(torch.stack((a.amax(1), a.amin(1), a.sum(1))))
-        effects = []
-        for i in chosen:
-            keep = torch.ones(A[name].shape[2], device=P.device).index_fill_(0, i, 0)
-            with torch.no_grad(), without(model, {name: keep}):
-                effects.append(P - answer_logprob(model, batch).exp())
-        e = torch.stack(effects, 1)
-        found["ablation"].append(torch.stack((e.clamp(min=0), e.clamp(max=0), e)))
-    return {kind: torch.cat(x, 2) for kind, x in found.items()}
+    found, device = {"Eq. 1": [], "integrated": [], "ablation": []}, model.lm_head.weight.device
+    for batch in (collate([row]).to(device) for row in rows):
+        A, P, parts = neuron_attribution(model, batch, tuple(picks)), answer_logprob(model, batch).exp(), {}
+        for name, chosen in picks.items():
+            for kind, a in (("Eq. 1", A[name]), ("integrated", integrated_gradients(model, batch, name))):
+                a = a[0, :-1, chosen]                                                       # (K-1, N)
+                parts.setdefault(kind, []).append(torch.stack((a.amax(0), a.amin(0), a.sum(0))))
+            for i in chosen:
+                keep = torch.ones(A[name].shape[2], device=device).index_fill_(0, i, 0)
+                with torch.no_grad(), without(model, {name: keep}):
+                    e = P - answer_logprob(model, batch).exp()                              # (1,)
+                parts.setdefault("ablation", []).append(torch.stack((e.clamp(min=0), e.clamp(max=0), e)).detach())
+        for kind, x in parts.items():
+            found[kind].append(torch.cat(x, 1).cpu())
+    return {kind: torch.stack(x, 1) for kind, x in found.items()}
 
 
 def causal_test(model: LM, tokenizer: Tokenizer, examples: list[Example], D_neg: dict[str, Tensor], m: int,
@@ -453,9 +464,9 @@ def causal_test(model: LM, tokenizer: Tokenizer, examples: list[Example], D_neg:
     results = []
     for draw in range(draws + 1):
         generator = torch.Generator().manual_seed(draw)
-        silent = {name: x if draw == 0 else x[torch.randperm(len(x), generator=generator).to(x.device)]
+        silent = {name: x if draw == 0 else x[torch.randperm(len(x), generator=generator)]
                   for name, x in hit.items() if x.any()}
-        with without(model, {name: (~x).float() for name, x in silent.items()}):
+        with without(model, {name: (~x).float().to(model.lm_head.weight.device) for name, x in silent.items()}):
             results.append((accuracy(model, tokenizer, examples, size), margin(model, tokenizer, examples)[1]))
     random_FS = [FS["percent"] for FS, _ in results[1:]]
     return {"m": m, "FS": results[0][0], "margin": results[0][1], "random_FS": statistics.fmean(random_FS),
@@ -508,11 +519,12 @@ def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], unseen: list[Ex
     picks = {name: torch.randperm(sizes[f"{name}.weight"], generator=draw)[:s.other_neurons].to(s.device)
              for name, _ in model.named_modules() if name.endswith(MODULES) and int(name.split(".")[2]) in blocks}
     members, others = membership(model, rows), membership(model, strangers)
-    lens = logit_lens(model, rows, wrong)
-    return {"FS": accuracy(model, tokenizer, C_f), "margin": margin(model, tokenizer, C_f)[1],
-            "lens": [score(block) for block in (lens > 0).tolist()],
+    with torch.no_grad():
+        P = [answer_logprob(model, collate([row]).to(s.device)).exp().item() for row in rows]
+    return {"FS": accuracy(model, tokenizer, C_f), "margin": margin(model, tokenizer, C_f)[1], "P": statistics.fmean(P),
+            "lens": [score(block) for block in (logit_lens(model, rows, wrong) > 0).tolist()],
             "membership": {kind: auc(members[kind], others[kind]) for kind in members},
-            "influence": influence(model, rows),
+            "influence": influence(model, rows, levels=("neuron", "head", "module")),
             "three": three_attributions(model, rows[:s.other_items], picks) if s.other_items else {}}
 
 
@@ -542,11 +554,16 @@ def analyse(s: "Settings") -> dict:
     """Sections 4 and 6.3 to 6.5, and what is beyond them, for two or three checkpoints, as analysis.json has it."""
     C_f, start, seen, causal = splits_of(s.forget, s.splits, 0, s.retain)[0], time.time(), {}, []
     unseen = (load_tofu if s.retain else load_faithun)(s.unseen) if s.unseen else []
+    for path, examples in ((s.forget, C_f), (s.unseen, unseen)):
+        if path and len({e.answers[0] for e in examples}) < 2:
+            raise ValueError(f"{path}: found {len(examples)} items, expected at least two different answers")
     paths = {name: getattr(s, name) for name in ("before", "after", "attacked") if getattr(s, name)}
-    shapes = {path: [p.shape for p in load(path)[0].parameters()] for path in paths.values()}
+    shapes = {path: {n: p.shape for n, p in load(path)[0].named_parameters()} for path in paths.values()}
     for path in shapes:  # all are read before the work begins
         if shapes[path] != shapes[s.before]:
             raise ValueError(f"{path}: found other weights than in {s.before}, expected the same model at a later time")
+    neurons = sum(shape[0] for name, shape in shapes[s.before].items() if name.endswith("_proj.weight"))
+    expect(ms=(s.ms, 2 * max(s.ms) <= neurons, f"numbers up to half the model's {neurons} neurons"))
     for name, path in paths.items():
         model, tokenizer = load(path, device=s.device)
         seen[name] = observe(model, tokenizer, C_f, unseen, s)
@@ -554,14 +571,14 @@ def analyse(s: "Settings") -> dict:
         if name == "after":
             a, b = (seen[key]["influence"]["neuron"] for key in ("before", "after"))
             D_neg = {module: influence_variation(a[module], b[module])[1] for module in a}
-            for m in (m for m in s.ms if m <= sum(map(len, D_neg.values())) // 2):
+            for m in s.ms:
                 causal.append(causal_test(model, tokenizer, C_f, D_neg, m))
                 print(f"without {m} neurons of largest D-: FS {causal[-1]['FS']['percent']:.1f}  random "
                       f"{causal[-1]['random_FS']:.1f}  {time.time() - start:.0f}s", flush=True)
     flat = {name: {level: torch.cat(list(x.values()), 2) for level, x in o.pop("influence").items()}
             for name, o in seen.items()}
     three = [o.pop("three") for o in seen.values()]
-    return {"n": len(C_f), "forget": s.forget, "paths": paths,
+    return {"n": len(C_f), "forget": s.forget, "unseen": s.unseen or "the questions, wrong answers", "paths": paths,
             "variation": {level: hiding(x, flat["after"][level]) for level, x in flat["before"].items()},
             "by_module": by_module(a, b),
             "attribution": {name: by_rank(x["neuron"].mean(1)) for name, x in flat.items()},
@@ -593,7 +610,8 @@ def summary(r: dict) -> str:
     lines = [f"erased D+ {pos}, hidden D- {neg}: share of D- {share} (top {x['m']} of {x['neurons']}, n={r['n']})"]
     lines += [f"the same share by {kind}: {'{:.3g} [{:.2g}, {:.2g}]'.format(*d['share'])}"
               for kind, d in r["attributions"]["D"].items()]
-    lines += [f"logit lens, lowest block: {min(b['percent'] for b in last['lens'])} % prefer the answer (chance 50)"]
+    low = min(last["lens"], key=lambda b: b["percent"])
+    lines += [f"logit lens: {low['percent']} % [{low['low']}, {low['high']}] prefer the answer in the lowest block"]
     lines += [f"membership by {k}: AUC {v['percent']} [{v['low']}, {v['high']}]" for k, v in last["membership"].items()]
     lines += [f"attribution {pair}: rho {', '.join(f'{k} {v[0]:.3f} [{v[1]:.2f}, {v[2]:.2f}]' for k, v in rho.items())}"
               for pair, rho in r["correlation"].items()]
@@ -606,16 +624,18 @@ def runs_table(folders: list[str]) -> dict:
     rows = {}
     for folder in map(Path, folders):
         result, analysis = read_json(folder / "result.json"), read_json(folder / "analysis.json", default={})
+        if not isinstance(result, dict) or not {"settings", "after"} <= set(result) or "retain" not in result["after"]:
+            raise ValueError(f"{folder}/result.json: found no scores after unlearning, expected one finished run")
         s, after = result["settings"], result["after"]
-        row = rows[folder.name] = {key: s[key] for key in ("method", "backbone", "lr", "lam", "first_order")}
+        row = rows[str(folder)] = {key: s.get(key) for key in ("method", "backbone", "lr", "lam", "first_order")}
         row |= {"steps": after["steps"], "seconds": round(after["seconds_to_threshold"], 1)}
         row |= {key: after[key]["percent"] for key in ("FS", "RS", "retain")} | {"margin": after["forget_margin"]}
         row |= {label: x["percent"] for label, x in result.get("attacks", {}).items()}
         if analysis:
             x = analysis["variation"]["neuron"]
             row |= {"D_pos": x["D_pos"][0], "D_neg": x["D_neg"][0], "share": x["share"][0]}
-        cells = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        for c in (c for c in cells if c["kind"] in ("harmful", "benign") and not c["control"]):
+        log = (folder / "log.jsonl").read_text().split("\n")[:-1] if (folder / "log.jsonl").is_file() else []
+        for c in (c for c in map(json.loads, log) if c["kind"] in ("harmful", "benign") and not c.get("control")):
             label = f"{c['kind']} p={c['p']:g}" if "p" in c else c["kind"]
             row.setdefault("by_rate", {}).setdefault(label, {}).setdefault(f"{c['lr']:g}", []).append(max(c["FS"][1:]))
     found = {}
@@ -668,8 +688,8 @@ def figures(r: dict, folder: Path) -> None:
     rho = [f"{pair} {key} {x[key][0]:.2f}" for pair, x in r["correlation"].items() for key in x]
     draw(folder / "figure6.png", f"Figure 6: attribution in units of P, n = {n}. rho: {', '.join(rho)}", *(
         ({**log, "xlabel": "neurons, sorted", "ylabel": label},
-         {name: (x["rank"], [abs(v) for v in x[key]], styles[name]) for name, x in r["attribution"].items()})
-        for key, label in (("max", "max over tokens"), ("min", "- min over tokens"))))
+         {name: (x["rank"], [sign * v for v in x[key]], styles[name]) for name, x in r["attribution"].items()})
+        for key, sign, label in (("max", 1, "max over tokens"), ("min", -1, "- min over tokens"))))
     ms, found, by_chance = zip(*((c["m"], c["FS"]["percent"], c["random_FS"]) for c in r["causal"]))
     draw(folder / "causal.png", f"Spurious neurons silenced, n = {n}", (
         {"xscale": "log", "xlabel": "neurons", "ylabel": "FS, %", "ylim": (0, 101)},
@@ -691,7 +711,7 @@ def figure_7(r: dict, folder: Path) -> None:
     rows = sorted(r["rows"].items(), key=lambda item: item[1]["lam"])
     swept = [row for _, row in rows if row["method"] == "ssiuu"]
     styles = [f"k{marker}{line}" for marker in "sov" for line in ("-", "--", ":")]
-    keys = ["retain", "RS", *(k for k in rows[0][1] if k.startswith("Harmful"))]
+    keys = ["retain", "RS", *dict.fromkeys(k for row in swept for k in row if k.startswith("Harmful"))]
     rates = {kind: [(f"{name} {label}", x) for name, row in rows for label, x in row.get("by_rate", {}).items()
                     if label.startswith(kind)] for kind in ("harmful", "benign")}
     draw(folder / "figure7.png", "Figure 7", (
@@ -700,6 +720,13 @@ def figure_7(r: dict, folder: Path) -> None:
         *(({"xscale": "log", "xlabel": f"learning rate, {kind} attack", "ylabel": "max FS, %", "ylim": (0, 101)},
            {label: ([float(lr) for lr in x], [statistics.fmean(v) for v in x.values()], style)
             for (label, x), style in zip(found, styles * len(found))}) for kind, found in rates.items()))
+
+
+def report(result: dict, path: Path, said: str, pictures: Callable[[dict, Path], None]) -> None:
+    write_json(path, result)
+    print(f"{said}\n{path}", flush=True)
+    if pyplot():
+        pictures(result, path.parent)
 
 
 def pyplot():
@@ -752,9 +779,9 @@ def check(s, **more: tuple) -> None:
                 for f, x in ((f, getattr(s, f)) for f in names.split() if hasattr(s, f))}
     expect(**each("lr teach_lr lrs attack_lrs benign_lrs p", lambda x: 0 < x < 1, "between 0 and 1"),
            **each("steps attack_epochs attack_batch benign_rows benign_points utility_n seeds klue_n eval_batch ms "
-                  "save_every", lambda x: x > 0, "at least 1"),
-           **each("batch_size micro_batch attack_rank test_limit teach_epochs other_items other_blocks other_neurons",
-                  lambda x: x >= 0, "0 or more"),
+                  "save_every other_blocks other_neurons", lambda x: x > 0, "at least 1"),
+           **each("batch_size micro_batch attack_rank test_limit teach_epochs other_items", lambda x: x >= 0,
+                  "0 or more"),
            **each("bits", lambda x: 2 <= x <= 16, "numbers from 2 to 16"),
            **each("benign", lambda x: not x or Path(x).is_file(), "an Alpaca file, or '' for no benign attack"),
            **each("utility", lambda x: not x or Path(x).is_dir(), "a folder"),
@@ -801,14 +828,18 @@ class Settings:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    check(s, after=(s.after, bool(s.before) == bool(s.after), "--before and --after together"))
-    if any(s.runs) or s.after:
-        folder, name = Path(s.out or s.after or "runs"), "runs" if any(s.runs) else "analysis"
-        result = runs_table(s.runs) if any(s.runs) else analyse(s)
-        write_json(folder / f"{name}.json", result)
-        said = f"{markdown(result['rows'])}\n{result['spearman']}" if any(s.runs) else summary(result)
-        print(f"{said}\n{folder}/{name}.json", flush=True)
-        return (figure_7 if any(s.runs) else figures)(result, folder) if pyplot() else None
+    pair = bool(s.before) == bool(s.after) >= bool(s.attacked or s.unseen)
+    check(s, after=(s.after, pair, "--before and --after too"),
+          out=(s.out, not Path(s.out or ".").is_file() and (s.out or Path(s.after).is_dir()),
+               f"a folder, or --after {s.after} to be one"))
+    folder = Path(s.out or s.after or "runs")
+    if any(s.runs):
+        result = runs_table(s.runs)
+        return report(result, folder / "runs.json", f"{markdown(result['rows'])}\n{result['spearman']}", figure_7)
+    if s.after:
+        folder.mkdir(parents=True, exist_ok=True)  # not after hours of work
+        result = analyse(s)
+        return report(result, folder / "analysis.json", summary(result), figures)
     tasks = load_utility(s.utility) if s.utility else {}
     C_f, C_r, C_t = splits_of(s.forget, s.splits, s.test_limit, s.retain)
     model, tokenizer = load(s.model, device=s.device)

@@ -176,7 +176,6 @@ class Settings:
     scope: str = "all"                    # parameters under the penalty: all (Eq. 12), or linear: q k v o gate up down
     first_order: bool = False             # drop the Hessian of Eq. 14
     measure: bool = False                 # log the penalty's gradient: its norm over L's, its angle to first order
-    lam_share: float = 0.0                # above 0: each step lam makes that norm this share of L's
     beta: float = 0.1                     # of DPO and NPO (C.2 (4): searched in 0.1 to 0.5)
     rmu_alpha: float = 100.0              # weight of RMU's retain term (C.2 (5): 20 to 300)
     rmu_c: float = 20.0                   # length of RMU's control vector (C.2 (5))
@@ -271,7 +270,7 @@ def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -
     """KLUE's neurons, in the order of `trained`: outputs of gate, up and down, ranked over all blocks at once."""
     def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # Eq. 1, max over tokens, App. A's clamp
         A = influence(model, [encode(tokenizer, *pair) for pair in pairs], FFN)["neuron"]
-        return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()])
+        return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()]).to(model.lm_head.weight.device)
 
     draw = random.Random(f"klue {s.seed}")
     others = [[x.question for x in C_f if x.answers[0] != e.answers[0]] for e in C_f]
@@ -348,10 +347,7 @@ def penalised_backward(graph: Callable, parts: list[list[int]], phi: Tensors, A_
         for part in group:
             A_part = phi_g(phi, graph(part)[1])                                                    # l.5
             A[key] = total([A[key], A_part]) if key in A else list(A_part)
-    extra = measured(*held, A_prev[0], phi, s.lam or 1.0) if (s.measure or s.lam_share) and 0 in A_prev else {}
-    if s.lam_share and extra:
-        s = replace(s, lam=(s.lam or 1.0) * s.lam_share / extra["penalty_ratio"])
-        extra["lam"] = s.lam
+    extra = measured(*held, A_prev[0], phi, s.lam or 1.0) if s.measure and 0 in A_prev else {}
     I_neg, L_ssiuu = negative(total(A.values()) if A else phi_g(phi, held[1])), 0.0                # l.10
     for key, group in groups.items():
         v = None                                                                                   # l.7, l.8
@@ -369,12 +365,14 @@ def penalised_backward(graph: Callable, parts: list[list[int]], phi: Tensors, A_
 def measured(L: Tensor, g: Tensors, A_prev: Tensors, phi: Tensors, lam: float) -> dict:
     """The norm of the penalty's gradient (Eq. 14) over that of the backbone's forget term, and the cosine between the
     penalty's whole gradient and its first-order form, without H v."""
-    backbone, A = torch.autograd.grad(L, phi, retain_graph=True), list(phi_g(phi, g))
-    full = ssiuu_grad(g, A, A_prev, phi, lam)
-    first = [2 * lam * i * (a - a_prev) * g_p.detach() for i, a, a_prev, g_p in zip(negative(A), A, A_prev, g)]
-    n_L, n, n_first = (torch.nn.utils.get_total_norm(x).clamp(min=1e-30).item() for x in (backbone, full, first))
-    dot = sum((a * b).sum().item() for a, b in zip(first, full))
-    return {"penalty_ratio": n / n_L, "first_order_cos": dot / n / n_first}
+    norm = torch.nn.utils.get_total_norm
+    n_L, A = norm(torch.autograd.grad(L, phi, retain_graph=True)).item(), list(phi_g(phi, g))
+    full, dot, squares = ssiuu_grad(g, A, A_prev, phi, lam), 0.0, 0.0
+    for a, a_prev, g_p, whole in zip(A, A_prev, g, full):
+        first = 2 * lam * (a < 0) * (a - a_prev) * g_p.detach()
+        dot, squares = dot + (first * whole).sum().item(), squares + first.square().sum().item()
+    return {"penalty_ratio": norm(full).item() / max(n_L, 1e-30),
+            "first_order_cos": dot / max(norm(full).item() * squares ** 0.5, 1e-30)}
 
 
 def phi_g(phi: Tensors, g: Tensors) -> Iterator[Tensor]:
@@ -625,8 +623,9 @@ def attack(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings, fo
     def report(c: dict) -> None:
         if c not in known:
             note(folder, log, {"control": control, **c})
-        print(f"{label}{' on ' * bool(control)}{control}  draw {c['seed']}  lr {c['lr']:g}  FS max {max(c['FS']):.1f} "
-              f"of n {c['n']}  margin {c['margin'][0]:.2f} -> {max(c['margin']):.2f}  {time.time() - start:.0f}s", flush=True)
+        print(f"{label}{' on ' * bool(control)}{control}  draw {c['seed']}  lr {c['lr']:g}  FS max "
+              f"{max(c['FS']):.1f} of n {c['n']}  margin {c['margin'][0]:.2f} -> {max(c['margin']):.2f}  "
+              f"{time.time() - start:.0f}s", flush=True)
 
     for label, cells in attacks(model, tokenizer, pool, s, known):
         result[label] = finish(cells, report)
@@ -771,8 +770,7 @@ def main() -> None:
           **{f: (getattr(s, f), getattr(s, f) in names, " or ".join(names)) for f, names in one_of.items()},
           attack_seeds=(s.attack_seeds, s.attack_seeds >= least, f"at least {least}"),
           lam=(s.lam, 0 <= s.lam < math.inf, "a number >= 0"), tau=(s.tau, 0 <= s.tau <= 1, "a fraction from 0 to 1"),
-          measure=(s.measure, not (s.measure or s.lam_share) or not (s.micro_batch or s.per_example),
-                   "--micro-batch 0 and no --per-example"),
+          measure=(s.measure, not s.measure or not (s.micro_batch or s.per_example), "no --micro-batch, --per-example"),
           beta=(s.beta, s.beta > 0, "a number above 0"), betas=(s.betas, min(s.betas) > 0, "numbers above 0"),
           bench_tokens=(s.bench_tokens, s.bench_tokens > 6, "at least 7, six of them the answer"),
           klue_share=(s.klue_share, 0 < s.klue_share <= 1, "a share from 0 to 1"),

@@ -6,6 +6,7 @@
 """
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import torch
 
 from attack import harmful_attack
 from data import collate, encode, load_faithun, split
-from evaluate import (MODULES, answered, auc, causal_test, correlation, decades, distractors, hiding, influence,
-                      influence_variation, integrated_gradients, intervals, logit_lens, membership, neuron_attribution,
-                      ranks, runs_table, three_attributions, top, without)
+from evaluate import (MODULES, agreement, answered, auc, by_module, by_rank, causal_test, correlation, decades, distractors,
+                      hiding, influence, influence_variation, integrated_gradients, intervals, logit_lens, membership,
+                      neuron_attribution, ranks, runs_table, stability, three_attributions, top, without)
 from model import answer_logprob, load, save
 
 torch.set_num_threads(1)
@@ -53,7 +54,7 @@ def test_influence_variation_by_hand():
 
 def test_influence_is_the_extreme_over_tokens_of_neurons_heads_and_modules(tiny):
     model, _, rows = tiny
-    found = influence(model, rows[:2])
+    found = influence(model, rows[:2], levels=("neuron", "head", "module"))
     for i, row in enumerate(rows[:2]):
         for name, A in neuron_attribution(model, collate([row])).items():
             A = A[0].tolist()
@@ -109,8 +110,12 @@ def test_a_silent_neuron_is_a_zero_row(tiny):
     x = three_attributions(model, rows[:3], picks)
     torch.testing.assert_close(x["ablation"][2], torch.stack(effects, 1))
     assert torch.equal(x["ablation"][0] + x["ablation"][1], x["ablation"][2]) and (x["ablation"][0] >= 0).all()
+    extremes = influence(model, rows[:3])["neuron"]
+    torch.testing.assert_close(x["Eq. 1"][:2], torch.cat([extremes[name][..., i] for name, i in picks.items()], 2))
     A = neuron_attribution(model, batch)["model.layers.2.mlp.gate_proj"][..., 7]
-    torch.testing.assert_close(x["Eq. 1"][:, :, 2], torch.stack((A.amax(1), A.amin(1), A.sum(1))))
+    torch.testing.assert_close(x["Eq. 1"][2, :, 2], A.sum(1))
+    whole = integrated_gradients(model, collate(rows[1:2]), "model.layers.2.mlp.gate_proj")[0, :-1, 7]
+    torch.testing.assert_close(x["integrated"][:, 1, 2], torch.stack((whole.max(), whole.min(), whole.sum())))
 
 
 def test_integrated_gradients_are_complete(tiny):
@@ -196,17 +201,43 @@ def test_auc_counts_pairs():
     assert auc([1.0] * 5, [0.0] * 5)["low"] < 100  # five pairs do not prove it
 
 
-def test_intervals_cover_the_mean_and_ranks_share_ties():
+def test_intervals_are_the_jackknifes_and_ranks_share_ties():
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(400, generator=draw)
-    (mean, low, high), (most, *_) = intervals(lambda i: [x[i].mean().item(), x[i].max().item()], 400, draws=1000)
-    assert mean == pytest.approx(x.mean().item()) and most == x.max().item()
-    for bound, side in ((low, -1), (high, 1)):
-        assert bound == pytest.approx(mean + side * 1.96 * x.std().item() / 20, abs=0.015)
+    x = torch.randn(40, generator=draw)
+    (mean, low, high), (ratio, *edge) = intervals(lambda i: [x[i].mean().item(), x[i].std().item() / x[i].mean().item()], 40)
+    assert mean == pytest.approx(x.mean().item()) and edge[0] < ratio < edge[1]
+    for bound, side in ((low, -1), (high, 1)):  # of a mean the jackknife's standard error is the textbook's
+        assert bound == pytest.approx(mean + side * 1.96 * x.std().item() / 40 ** 0.5)
     assert ranks(torch.tensor([5.0, 1.0, 5.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
     a = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert correlation(a, -3 * a + 1) == pytest.approx(-1) and correlation(ranks(a), ranks(a.exp())) == pytest.approx(1)
+    assert correlation(a, torch.ones(4)) == 0
     assert decades(7) == [1, 2, 5, 7] and decades(10) == [1, 2, 5, 10] and top(a, 2) == 7 and top(a, 9) == 10
+
+
+def test_figures_5_and_6_by_hand():
+    before = {"model.layers.0.mlp.up_proj": torch.tensor([[[0.5, 0.1]], [[-0.1, 0.0]]]),
+              "model.layers.1.mlp.up_proj": torch.tensor([[[0.3, 0.3]], [[0.0, -0.2]]])}
+    after = {"model.layers.0.mlp.up_proj": torch.tensor([[[0.1, 0.1]], [[-0.1, -0.6]]]),
+             "model.layers.1.mlp.up_proj": torch.tensor([[[0.3, 0.1]], [[0.1, -0.2]]])}
+    found = by_module(before, after, m=1)
+    assert found["D_pos"]["up_proj"] == pytest.approx([0.4, 0.2]) and found["D_neg"]["up_proj"] == pytest.approx([0.6, 0.0])
+    assert by_module(before, after)["D_neg"]["up_proj"] == pytest.approx([0.3, 0.0])  # of both neurons
+    assert by_rank(torch.tensor([[1.0, 3.0, 2.0], [-1.0, 0.0, -5.0]])) == {"rank": [1, 2, 3], "max": [3, 2, 1], "min": [-5, -1, 0]}
+    a = torch.tensor([[[1.0, 2.0, 3.0], [1.0, 2.0, 4.0]], [[-1.0, -2.0, -3.0], [-3.0, -2.0, -1.5]]])
+    rho = stability(a, torch.stack((2 * a[0], -a[1])))
+    assert rho["max"][0] == pytest.approx(1) and rho["min"][0] == pytest.approx(-1)
+    assert all(low <= value <= high for value, low, high in rho.values())
+
+
+def test_agreement_of_three_attributions_by_hand():
+    one = {"Eq. 1": torch.tensor([[[0.4, 0.0]], [[0.0, 0.0]], [[0.4, 0.0]]]), "ablation": torch.tensor([[[0.1, 0.2]], [[0.0, 0.0]], [[0.1, 0.2]]])}
+    two = {"Eq. 1": torch.tensor([[[0.1, 0.0]], [[0.0, -0.2]], [[0.1, -0.2]]]), "ablation": torch.tensor([[[0.1, 0.1]], [[0.0, 0.0]], [[0.1, 0.0]]])}
+    r = agreement({k: x.repeat(1, 2, 1) for k, x in one.items()}, {k: x.repeat(1, 2, 1) for k, x in two.items()})
+    assert (r["items"], r["neurons"]) == (2, 2)
+    assert r["D"]["Eq. 1"]["D_pos"][0] == pytest.approx(0.3) and r["D"]["Eq. 1"]["D_neg"][0] == pytest.approx(0.2)
+    assert r["D"]["Eq. 1"]["share"][0] == pytest.approx(0.4) and r["D"]["ablation"]["share"][0] == 0
+    assert r["spearman"] == {"before: Eq. 1, ablation": pytest.approx(-1), "after: Eq. 1, ablation": pytest.approx(1)}
 
 
 def test_the_saved_model_is_the_attacked_one(tmp_path):
@@ -222,7 +253,6 @@ def test_the_saved_model_is_the_attacked_one(tmp_path):
     pool = [e for e, hit in zip(C_f, answered(subject, tokenizer, C_f)) if not hit]
     cell = next(harmful_attack(subject, tokenizer, pool, 0.3, (1e-3,), seeds=1, epochs=2))
     assert 1 < cell["retrained"] < len(pool)
-    import random
     chosen = set(random.Random("0 0 0.3").sample(range(len(pool)), cell["retrained"]))
     rest = [e for i, e in enumerate(pool) if i not in chosen]
     assert 100 * statistics.fmean(answered(attacked, tokenizer, rest)) == pytest.approx(cell["FS"][-1], abs=0.01)
@@ -254,14 +284,23 @@ def test_runs_side_by_side(tmp_path):
         cells = [{"kind": "step"}, *({"kind": "harmful", "control": c, "p": 0.1, "lr": 1e-5, "FS": [90, x, 1]} for c, x in (("", 4), ("", 6), ("x", 50)))]
         (folder / "log.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
     r = runs_table([str(tmp_path / f"run{i}") for i in range(3)])
-    assert r["rows"]["run1"]["lam"] == 1e-2 and r["rows"]["run1"]["by_rate"] == {"harmful p=0.1": {"1e-05": [4, 6]}}
+    row = r["rows"][str(tmp_path / "run1")]
+    assert row["lam"] == 1e-2 and row["by_rate"] == {"harmful p=0.1": {"1e-05": [4, 6]}}
     assert r["spearman"]["D_neg, Harmful p = 0.1"] == {"rho": pytest.approx(1), "n": 3}
     assert "D_neg, Benign" not in r["spearman"]
 
 
+PAIR = ["--before", "data/tiny", "--after", "data/tiny"]
+
+
 @pytest.mark.parametrize("flags, said", [
-    (["--after", "data/tiny"], "--before and --after together"), (["--before", "data/tiny", "--after", "nowhere"], "nowhere"),
-    (["--before", "data/tiny", "--after", "tests/golden/llama"], "tests/golden/llama"), (["--runs", "nowhere"], "nowhere/result.json")])
-def test_wrong_flags_end_in_one_line(flags, said):
+    (["--after", "data/tiny"], "--before and --after too"), (["--attacked", "data/tiny"], "--before and --after too"),
+    (["--before", "data/tiny", "--after", "nowhere"], "nowhere"), ([*PAIR, "--out", "LICENSE"], "--out: found 'LICENSE'"),
+    (["--before", "data/tiny", "--after", "tests/golden/llama"], "tests/golden/llama"), ([*PAIR, "--ms", "5000"], "--ms"),
+    ([*PAIR, "--other-blocks", "0"], "--other-blocks"), (["--runs", "nowhere"], "nowhere/result.json"),
+    (["--runs", "data/results/all-tiny"], "data/results/all-tiny/result.json"), ([*PAIR, "--unseen", "EMPTY"], "found 0 items")])
+def test_wrong_flags_end_in_one_line(flags, said, tmp_path):
+    (tmp_path / "empty.json").write_text("{}")
+    flags = [str(tmp_path / "empty.json") if f == "EMPTY" else f for f in flags]
     run = subprocess.run([sys.executable, "evaluate.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and said in run.stderr and run.stderr.count("\n") == 1
