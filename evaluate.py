@@ -627,7 +627,8 @@ def runs_table(folders: list[str]) -> dict:
         if not isinstance(result, dict) or not {"settings", "after"} <= set(result) or "retain" not in result["after"]:
             raise ValueError(f"{folder}/result.json: found no scores after unlearning, expected one finished run")
         s, after = result["settings"], result["after"]
-        row = rows[str(folder)] = {key: s.get(key) for key in ("method", "backbone", "lr", "lam", "first_order")}
+        row = rows[str(folder)] = {key: s.get(key) for key in ("method", "lr")}
+        row |= {key: s.get(key) if s["method"] == "ssiuu" else None for key in ("backbone", "lam", "first_order")}
         row |= {"steps": after["steps"], "seconds": round(after["seconds_to_threshold"], 1)}
         row |= {key: after[key]["percent"] for key in ("FS", "RS", "retain")} | {"margin": after["forget_margin"]}
         row |= {label: x["percent"] for label, x in result.get("attacks", {}).items()}
@@ -635,7 +636,10 @@ def runs_table(folders: list[str]) -> dict:
             x = analysis["variation"]["neuron"]
             row |= {"D_pos": x["D_pos"][0], "D_neg": x["D_neg"][0], "share": x["share"][0]}
         log = (folder / "log.jsonl").read_text().split("\n")[:-1] if (folder / "log.jsonl").is_file() else []
-        for c in (c for c in map(json.loads, log) if c["kind"] in ("harmful", "benign") and not c.get("control")):
+        log = [json.loads(line) for line in log]
+        if cosines := [c["first_order_cos"] for c in log if "first_order_cos" in c]:  # of --measure
+            row["first_order_cos"] = statistics.median(cosines)
+        for c in (c for c in log if c["kind"] in ("harmful", "benign") and not c.get("control")):
             label = f"{c['kind']} p={c['p']:g}" if "p" in c else c["kind"]
             row.setdefault("by_rate", {}).setdefault(label, {}).setdefault(f"{c['lr']:g}", []).append(max(c["FS"][1:]))
     found = {}
@@ -708,16 +712,17 @@ def figures(r: dict, folder: Path) -> None:
 
 def figure_7(r: dict, folder: Path) -> None:
     """(a) lambda against retention and recovery; (b, c) the attacks' learning rates. FS is a percentage."""
-    rows = sorted(r["rows"].items(), key=lambda item: item[1]["lam"])
-    swept = [row for _, row in rows if row["method"] == "ssiuu"]
+    rows = sorted(r["rows"].items(), key=lambda item: item[1]["lam"] or 0)
+    swept = [row for _, row in rows if row["lam"] and not row["first_order"]]
     styles = [f"k{marker}{line}" for marker in "sov" for line in ("-", "--", ":")]
     keys = ["retain", "RS", *dict.fromkeys(k for row in swept for k in row if k.startswith("Harmful"))]
-    rates = {kind: [(f"{name} {label}", x) for name, row in rows for label, x in row.get("by_rate", {}).items()
-                    if label.startswith(kind)] for kind in ("harmful", "benign")}
+    rates = {kind: [(f"{Path(name).name} {label.removeprefix(kind)}", x) for name, row in rows
+                    for label, x in row.get("by_rate", {}).items() if label.startswith(kind)]
+             for kind in ("harmful", "benign")}
     draw(folder / "figure7.png", "Figure 7", (
         {"xscale": "log", "xlabel": "lambda", "ylabel": "%", "ylim": (0, 101)},
         {key: ([r["lam"] for r in swept], [r.get(key) for r in swept], style) for key, style in zip(keys, styles)}),
-        *(({"xscale": "log", "xlabel": f"learning rate, {kind} attack", "ylabel": "max FS, %", "ylim": (0, 101)},
+        *(({"xscale": "log", "xlabel": f"learning rate, {kind} attack", "ylabel": "max FS, %"},
            {label: ([float(lr) for lr in x], [statistics.fmean(v) for v in x.values()], style)
             for (label, x), style in zip(found, styles * len(found))}) for kind, found in rates.items()))
 
