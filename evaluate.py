@@ -510,8 +510,9 @@ def distractors(examples: list[Example], seed: int = 0) -> list[Example]:
             for e in examples]
 
 
-def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], unseen: list[Example], s: "Settings") -> dict:
-    """All that the analysis takes from one checkpoint."""
+def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], unseen: list[Example], s: "Settings",
+            other_items: int) -> dict:
+    """All that the analysis takes from one checkpoint; with `three_attributions` of the first so many items, or not."""
     rows, wrong, strangers = ([encode(tokenizer, e.question, e.answers[0]) for e in part]
                               for part in (C_f, distractors(C_f, s.seed), unseen or distractors(C_f, s.seed)))
     draw, sizes = torch.Generator().manual_seed(s.seed), {n: len(w) for n, w in model.named_parameters()}
@@ -525,7 +526,7 @@ def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], unseen: list[Ex
             "lens": [score(block) for block in (logit_lens(model, rows, wrong) > 0).tolist()],
             "membership": {kind: auc(members[kind], others[kind]) for kind in members},
             "influence": influence(model, rows, levels=("neuron", "head", "module")),
-            "three": three_attributions(model, rows[:s.other_items], picks) if s.other_items else {}}
+            "three": three_attributions(model, rows[:other_items], picks) if other_items else {}}
 
 
 def by_module(before: dict[str, Tensor], after: dict[str, Tensor], m: int = 100) -> dict:
@@ -550,6 +551,16 @@ def stability(a: Tensor, b: Tensor) -> dict:  # (2, S, n) twice
     return dict(zip(("max", "min"), rho))
 
 
+def check_same_model(paths: list[str], ms: tuple) -> None:
+    """ValueError, before hours of work, for a checkpoint that cannot be read or is of another shape than the first."""
+    shapes = {path: {n: p.shape for n, p in load(path)[0].named_parameters()} for path in paths}
+    for path in paths:
+        if shapes[path] != shapes[paths[0]]:
+            raise ValueError(f"{path}: found other weights than in {paths[0]}, expected the same model at a later time")
+    neurons = sum(shape[0] for name, shape in shapes[paths[0]].items() if name.endswith("_proj.weight"))
+    expect(ms=(ms, 2 * max(ms) <= neurons, f"numbers up to half the model's {neurons} neurons"))
+
+
 def analyse(s: "Settings") -> dict:
     """Sections 4 and 6.3 to 6.5, and what is beyond them, for two or three checkpoints, as analysis.json has it."""
     C_f, start, seen, causal = splits_of(s.forget, s.splits, 0, s.retain)[0], time.time(), {}, []
@@ -558,15 +569,10 @@ def analyse(s: "Settings") -> dict:
         if path and len({e.answers[0] for e in examples}) < 2:
             raise ValueError(f"{path}: found {len(examples)} items, expected at least two different answers")
     paths = {name: getattr(s, name) for name in ("before", "after", "attacked") if getattr(s, name)}
-    shapes = {path: {n: p.shape for n, p in load(path)[0].named_parameters()} for path in paths.values()}
-    for path in shapes:  # all are read before the work begins
-        if shapes[path] != shapes[s.before]:
-            raise ValueError(f"{path}: found other weights than in {s.before}, expected the same model at a later time")
-    neurons = sum(shape[0] for name, shape in shapes[s.before].items() if name.endswith("_proj.weight"))
-    expect(ms=(s.ms, 2 * max(s.ms) <= neurons, f"numbers up to half the model's {neurons} neurons"))
+    check_same_model(list(paths.values()), s.ms)
     for name, path in paths.items():
         model, tokenizer = load(path, device=s.device)
-        seen[name] = observe(model, tokenizer, C_f, unseen, s)
+        seen[name] = observe(model, tokenizer, C_f, unseen, s, s.other_items * (name != "attacked"))
         print(f"{name} {path}: FS {seen[name]['FS']['percent']:.1f}  {time.time() - start:.0f}s", flush=True)
         if name == "after":
             a, b = (seen[key]["influence"]["neuron"] for key in ("before", "after"))
