@@ -18,7 +18,7 @@ import torch
 from attack import harmful_attack
 from data import collate, encode, load_faithun, split
 from evaluate import (MODULES, agreement, answered, auc, by_module, by_rank, causal_test, correlation, decades, distractors,
-                      hiding, influence, influence_variation, integrated_gradients, intervals, logit_lens, membership,
+                      hiding, influence, influence_variation, integrated_gradients, intervals, logit_lens, margin, membership,
                       neuron_attribution, ranks, runs_table, stability, three_attributions, top, without)
 from model import answer_logprob, load, save
 
@@ -127,8 +127,8 @@ def test_integrated_gradients_are_complete(tiny):
             P = answer_logprob(model, batch).exp()
             with without(model, {name: torch.zeros(192)}):
                 gone = P - answer_logprob(model, batch).exp()
-        exact = integrated_gradients(model, batch, name, 100).sum((1, 2))
-        torch.testing.assert_close(exact, gone, rtol=1e-2, atol=1e-4)
+        exact = integrated_gradients(model, batch, name, 60).sum((1, 2))
+        torch.testing.assert_close(exact, gone, rtol=1e-3, atol=1e-6)
         assert (neuron_attribution(model, batch)[name].sum((1, 2)) - gone).abs().max() > 0.01
     assert torch.equal(answer_logprob(model, batch).exp().detach(), P)  # the hooks are gone
 
@@ -256,7 +256,8 @@ def test_the_saved_model_is_the_attacked_one(tmp_path):
     chosen = set(random.Random("0 0 0.3").sample(range(len(pool)), cell["retrained"]))
     rest = [e for i, e in enumerate(pool) if i not in chosen]
     assert 100 * statistics.fmean(answered(attacked, tokenizer, rest)) == pytest.approx(cell["FS"][-1], abs=0.01)
-    assert not torch.equal(attacked.lm_head.weight, subject.lm_head.weight)
+    assert margin(attacked, tokenizer, rest) == pytest.approx((cell["logp"][-1], cell["margin"][-1]), abs=1e-4)
+    assert cell["logp"][-1] != pytest.approx(cell["logp"][0], abs=1e-2)
 
     command = [sys.executable, "evaluate.py", "--before", "data/tiny", "--after", str(tmp_path / "after"), "--attacked",
                str(tmp_path / "attacked"), "--ms", "10", "--other-items", "2", "--other-blocks", "2", "--other-neurons", "2"]
