@@ -635,7 +635,7 @@ def runs_table(folders: list[str]) -> dict:
         s, after = result["settings"], result["after"]
         row = rows[str(folder)] = {key: s.get(key) for key in ("method", "lr")}
         row |= {key: s.get(key) if s["method"] == "ssiuu" else None for key in ("backbone", "lam", "first_order")}
-        row |= {"steps": after["steps"], "seconds": round(after["seconds_to_threshold"], 1)}
+        row |= {"n": after["FS"]["n"], "steps": after["steps"], "seconds": round(after["seconds_to_threshold"], 1)}
         row |= {key: after[key]["percent"] for key in ("FS", "RS", "retain")} | {"margin": after["forget_margin"]}
         row |= {label: x["percent"] for label, x in result.get("attacks", {}).items()}
         if analysis:
@@ -676,7 +676,7 @@ def draw(path: Path, title: str, *panels: tuple[dict, dict]) -> None:
             if band:
                 ax.fill_between(x, *band, color="k", alpha=0.12)
         ax.set(**settings)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(curves) > 5 else {}))
         if settings["xlabel"] == "block":
             ax.xaxis.get_major_locator().set_params(integer=True)
     fig.savefig(path, dpi=80)
@@ -725,7 +725,7 @@ def figure_7(r: dict, folder: Path) -> None:
     rates = {kind: [(f"{Path(name).name} {label.removeprefix(kind)}", x) for name, row in rows
                     for label, x in row.get("by_rate", {}).items() if label.startswith(kind)]
              for kind in ("harmful", "benign")}
-    draw(folder / "figure7.png", "Figure 7", (
+    draw(folder / "figure7.png", f"Figure 7: n = {rows[0][1]['n']}, maxima over points, means over draws", (
         {"xscale": "log", "xlabel": "lambda", "ylabel": "%", "ylim": (0, 101)},
         {key: ([r["lam"] for r in swept], [r.get(key) for r in swept], style) for key, style in zip(keys, styles)}),
         *(({"xscale": "log", "xlabel": f"learning rate, {kind} attack", "ylabel": "max FS, %"},

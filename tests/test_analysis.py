@@ -275,7 +275,7 @@ def test_runs_side_by_side(tmp_path):
     for i, (lam, back) in enumerate(((1e-3, 30.0), (1e-2, 20.0), (1e-1, 10.0))):
         folder = tmp_path / f"run{i}"
         folder.mkdir()
-        score = {"percent": 50.0}
+        score = {"percent": 50.0, "n": 33}
         after = {"steps": 7, "reached": True, "seconds_to_threshold": 1.0, "forget_margin": 0.0, "FS": score, "RS": score, "retain": score}
         settings = {"model": "m", "method": "ssiuu", "backbone": "gd", "lr": 1e-5, "lam": lam, "first_order": False}
         (folder / "result.json").write_text(json.dumps({"settings": settings, "after": after,
