@@ -616,8 +616,8 @@ def summary(r: dict) -> str:
     lines = [f"erased D+ {pos}, hidden D- {neg}: share of D- {share} (top {x['m']} of {x['neurons']}, n={r['n']})"]
     lines += [f"the same share by {kind}: {'{:.3g} [{:.2g}, {:.2g}]'.format(*d['share'])}"
               for kind, d in r["attributions"]["D"].items()]
-    low = min(last["lens"], key=lambda b: b["percent"])
-    lines += [f"logit lens: {low['percent']} % [{low['low']}, {low['high']}] prefer the answer in the lowest block"]
+    end = last["lens"][-1]
+    lines += [f"logit lens: {end['percent']} % [{end['low']}, {end['high']}] prefer the answer after the last block"]
     lines += [f"membership by {k}: AUC {v['percent']} [{v['low']}, {v['high']}]" for k, v in last["membership"].items()]
     lines += [f"attribution {pair}: rho {', '.join(f'{k} {v[0]:.3f} [{v[1]:.2f}, {v[2]:.2f}]' for k, v in rho.items())}"
               for pair, rho in r["correlation"].items()]
