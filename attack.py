@@ -111,7 +111,7 @@ def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Generator, sc
     ValueError where nothing is left to score.
     """
     def measure() -> tuple:
-        return forgetting_score(model, tokenizer, scored, eval_size), *margin(model, tokenizer, scored, 3 * eval_size)
+        return forgetting_score(model, tokenizer, scored, eval_size), *margin(model, tokenizer, scored, eval_size)
 
     if not scored:
         raise ValueError(f"{cell['kind']} attack: no item answered falsely is left to score, expected at least one")

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import random
@@ -104,21 +105,17 @@ def accuracy(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int
     return score(scores) if all(e.false_options for e in examples) else mean_score(scores)
 
 
-@torch.no_grad()
-def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 192) -> tuple[float, float]:
+def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> tuple[float, float]:
     """Recovery without steps, in nats per token, on the plain question: the mean over examples of log P(answer),
     and of its lead over the best false option."""
-    rows = [encode(tokenizer, e.question, o) for e in examples for o in (e.answers[0], *e.false_options)]
-    logp = []
-    for i in range(0, len(rows), size):
-        batch = collate(rows[i:i + size]).to(model.lm_head.weight.device)
-        logp += (answer_logprob(model, batch) / batch.answer.sum(1)).tolist()
     truth, lead = [], []
-    for e in examples:
-        first, *false = [logp.pop(0) for _ in range(1 + len(e.false_options))]
-        truth.append(first)
-        lead.append(first - max(false, default=0.0))
-    return sum(truth) / len(truth), sum(lead) / len(lead)
+    for part in (examples[i:i + size] for i in range(0, len(examples), size)):
+        options = [[tokenizer.answer(o) for o in (e.answers[0], *e.false_options)] for e in part]
+        for row, logp in zip(options, option_scores(model, [tokenizer.prompt(e.question) for e in part], options)):
+            first, *false = (value / len(o) for value, o in zip(logp, row))
+            truth.append(first)
+            lead.append(first - max(false, default=0.0))
+    return statistics.fmean(truth), statistics.fmean(lead)
 
 
 def splits_of(path: str, folder: str, limit: int = 0, retain: str = "") -> tuple[list, list, list]:
@@ -666,17 +663,18 @@ def markdown(rows: dict[str, dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def draw(path: Path, title: str, *panels: tuple[dict, dict]) -> None:
+def plot(path: Path, title: str, *panels: tuple[dict, dict]) -> None:
     """One picture of (axis settings, {label: (x, y, line style, and perhaps the lower and upper edge of a band)})."""
     fig, axes = pyplot().subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), layout="constrained", squeeze=False)
     fig.suptitle(title)
-    for ax, (settings, curves) in zip(axes[0], panels):
+    for i, (ax, (settings, curves)) in enumerate(zip(axes[0], panels)):
         for label, (x, y, style, *band) in curves.items():
             ax.plot(x, y, style, label=label)
             if band:
                 ax.fill_between(x, *band, color="k", alpha=0.12)
         ax.set(**settings)
-        ax.legend(fontsize=7, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(curves) > 5 else {}))
+        if list(curves) != list(dict(enumerate(panels)).get(i + 1, ({}, {}))[1]):  # one legend for panels alike
+            ax.legend(fontsize=7, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(curves) > 3 else {}))
         if settings["xlabel"] == "block":
             ax.xaxis.get_major_locator().set_params(integer=True)
     fig.savefig(path, dpi=80)
@@ -688,20 +686,20 @@ def figures(r: dict, folder: Path) -> None:
     styles = dict(zip(checkpoints, ("k-", "k--", "k:")))
     labels = {k: f"{name}; {x['m']} neurons: {x[k][0]:.2g} [{x[k][1]:.2g}, {x[k][2]:.2g}]"
               for k, name in (("D_neg", "D-, hidden"), ("D_pos", "D+, erased"))}
-    draw(folder / "figure3.png", f"Figure 3: influence variation, n = {n}", (
+    plot(folder / "figure3.png", f"Figure 3: influence variation, n = {n}", (
         {**log, "xlabel": "neurons, sorted", "ylabel": "accumulated variation of P"},
         {labels[k]: (x["curves"]["m"], x["curves"][k], style) for k, style in (("D_neg", "k-"), ("D_pos", "k:"))}))
-    draw(folder / "figure4.png", f"Figure 4: logit lens, n = {n}", (
+    plot(folder / "figure4.png", f"Figure 4: logit lens, n = {n}", (
         {"xlabel": "block", "ylabel": "answer above distractor, %", "ylim": (0, 101)},
         {name: (range(len(o["lens"])), [b["percent"] for b in o["lens"]], styles[name],
                 *([b[edge] for b in o["lens"]] for edge in ("low", "high"))) for name, o in checkpoints.items()}))
     rho = [f"{pair} {key} {x[key][0]:.2f}" for pair, x in r["correlation"].items() for key in x]
-    draw(folder / "figure6.png", f"Figure 6: attribution in units of P, n = {n}. rho: {', '.join(rho)}", *(
+    plot(folder / "figure6.png", f"Figure 6: attribution in units of P, n = {n}. rho: {', '.join(rho)}", *(
         ({**log, "xlabel": "neurons, sorted", "ylabel": label},
          {name: (x["rank"], [sign * v for v in x[key]], styles[name]) for name, x in r["attribution"].items()})
         for key, sign, label in (("max", 1, "max over tokens"), ("min", -1, "- min over tokens"))))
     ms, found, by_chance = zip(*((c["m"], c["FS"]["percent"], c["random_FS"]) for c in r["causal"]))
-    draw(folder / "causal.png", f"Spurious neurons silenced, n = {n}", (
+    plot(folder / "causal.png", f"Spurious neurons silenced, n = {n}", (
         {"xscale": "log", "xlabel": "neurons", "ylabel": "FS, %", "ylim": (0, 101)},
         {"largest D-": (ms, found, "k-"), "random, as many in each module": (ms, by_chance, "k:")}))
 
@@ -720,17 +718,18 @@ def figure_7(r: dict, folder: Path) -> None:
     """(a) lambda against retention and recovery; (b, c) the attacks' learning rates. FS is a percentage."""
     rows = sorted(r["rows"].items(), key=lambda item: item[1]["lam"] or 0)
     swept = [row for _, row in rows if row["lam"] and not row["first_order"]]
-    styles = [f"k{marker}{line}" for marker in "sov" for line in ("-", "--", ":")]
+    styles = [f"k{marker}{line}" for marker, line in zip("osv^Dx*+" * 3, ("-", "--", ":") * 8)]  # 24, all different
+    style = dict(zip(r["rows"], itertools.cycle(styles)))
     keys = ["retain", "RS", *dict.fromkeys(k for row in swept for k in row if k.startswith("Harmful"))]
-    rates = {kind: [(f"{Path(name).name} {label.removeprefix(kind)}", x) for name, row in rows
-                    for label, x in row.get("by_rate", {}).items() if label.startswith(kind)]
-             for kind in ("harmful", "benign")}
-    draw(folder / "figure7.png", f"Figure 7: n = {rows[0][1]['n']}, maxima over points, means over draws", (
+    rates = {label: {Path(name).name: ([float(lr) for lr in x], [statistics.fmean(v) for v in x.values()], style[name])
+                     for name, row in rows for x in [row.get("by_rate", {}).get(label)] if x}
+             for label in dict.fromkeys(label for _, row in rows for label in row.get("by_rate", {}))}
+    plot(folder / "figure7.png", f"Figure 7: n = {rows[0][1]['n']}, maxima over points, means over draws", (
         {"xscale": "log", "xlabel": "lambda", "ylabel": "%", "ylim": (0, 101)},
-        {key: ([r["lam"] for r in swept], [r.get(key) for r in swept], style) for key, style in zip(keys, styles)}),
-        *(({"xscale": "log", "xlabel": f"learning rate, {kind} attack", "ylabel": "max FS, %"},
-           {label: ([float(lr) for lr in x], [statistics.fmean(v) for v in x.values()], style)
-            for (label, x), style in zip(found, styles * len(found))}) for kind, found in rates.items()))
+        {key: ([r["lam"] for r in swept], [r.get(key) for r in swept], look)
+         for key, look in zip(keys, itertools.cycle(styles))}),
+        *(({"xscale": "log", "xlabel": f"learning rate, {label}", "ylabel": "max FS, %"}, curves)
+          for label, curves in rates.items()))
 
 
 def report(result: dict, path: Path, said: str, pictures: Callable[[dict, Path], None]) -> None:
