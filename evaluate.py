@@ -667,13 +667,13 @@ def plot(path: Path, title: str, *panels: tuple[dict, dict]) -> None:
     """One picture of (axis settings, {label: (x, y, line style, and perhaps the lower and upper edge of a band)})."""
     fig, axes = pyplot().subplots(1, len(panels), figsize=(4.5 * len(panels), 3.2), layout="constrained", squeeze=False)
     fig.suptitle(title)
-    for i, (ax, (settings, curves)) in enumerate(zip(axes[0], panels)):
+    for ax, (settings, curves), (_, following) in zip(axes[0], panels, (*panels[1:], ({}, {}))):
         for label, (x, y, style, *band) in curves.items():
             ax.plot(x, y, style, label=label)
             if band:
                 ax.fill_between(x, *band, color="k", alpha=0.12)
         ax.set(**settings)
-        if list(curves) != list(dict(enumerate(panels)).get(i + 1, ({}, {}))[1]):  # one legend for panels alike
+        if list(curves) != list(following):  # one legend for neighbours with the same curves
             ax.legend(fontsize=7, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(curves) > 3 else {}))
         if settings["xlabel"] == "block":
             ax.xaxis.get_major_locator().set_params(integer=True)
@@ -715,7 +715,7 @@ def figures(r: dict, folder: Path) -> None:
 
 
 def figure_7(r: dict, folder: Path) -> None:
-    """(a) lambda against retention and recovery; (b, c) the attacks' learning rates. FS is a percentage."""
+    """(a) lambda against retention and recovery; (b, c) the learning rates, a panel an attack. FS is a percentage."""
     rows = sorted(r["rows"].items(), key=lambda item: item[1]["lam"] or 0)
     swept = [row for _, row in rows if row["lam"] and not row["first_order"]]
     styles = [f"k{marker}{line}" for marker, line in zip("osv^Dx*+" * 3, ("-", "--", ":") * 8)]  # 24, all different
