@@ -245,12 +245,16 @@ def test_the_saved_model_is_the_attacked_one(tmp_path):
     for p in subject.parameters():  # a model that fails some items
         p.data *= 0.8
     save(subject, tokenizer, tmp_path / "after")
+    for name, part in (("forget", range(12)), ("retaining", range(12, 14)), ("test", range(14, 16))):
+        (tmp_path / f"{name}_set_split.txt").write_text(" ".join(map(str, part)))
+    few = load_faithun(ROOT / "data/faithun.json")[:12]
     run = subprocess.run([sys.executable, "attack.py", "--model", str(tmp_path / "after"), "--save", str(tmp_path / "attacked"),
+                          "--splits", str(tmp_path),
                           "--attack-lrs", "1e-3", "1e-4", "--attack-epochs", "2", "--p", "0.3", "0.1"],
                          cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     attacked = load(tmp_path / "attacked")[0]
-    pool = [e for e, hit in zip(C_f, answered(subject, tokenizer, C_f)) if not hit]
+    pool = [e for e, hit in zip(few, answered(subject, tokenizer, few)) if not hit]
     cell = next(harmful_attack(subject, tokenizer, pool, 0.3, (1e-3,), seeds=1, epochs=2))
     assert 1 < cell["retrained"] < len(pool)
     chosen = set(random.Random("0 0 0.3").sample(range(len(pool)), cell["retrained"]))
@@ -260,11 +264,11 @@ def test_the_saved_model_is_the_attacked_one(tmp_path):
     assert cell["logp"][-1] != pytest.approx(cell["logp"][0], abs=1e-2)
 
     command = [sys.executable, "evaluate.py", "--before", "data/tiny", "--after", str(tmp_path / "after"), "--attacked",
-               str(tmp_path / "attacked"), "--ms", "10", "--other-items", "2", "--other-blocks", "2", "--other-neurons", "2"]
+               str(tmp_path / "attacked"), "--splits", str(tmp_path), "--ms", "10", "--other-items", "2", "--other-blocks", "2", "--other-neurons", "2"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "share of D-" in run.stdout, run.stderr
     r = json.loads((tmp_path / "after/analysis.json").read_text())
-    assert r["n"] == 33 and list(r["checkpoints"]) == ["before", "after", "attacked"] and len(r["causal"]) == 1
+    assert r["n"] == 12 and list(r["checkpoints"]) == ["before", "after", "attacked"] and len(r["causal"]) == 1
     assert r["checkpoints"]["before"]["lens"][-1]["percent"] == 100 and r["attributions"]["neurons"] == 28
     assert len(r["by_module"]["D_neg"]["q_proj"]) == 4 and set(r["attributions"]["D"]) == {"Eq. 1", "integrated", "ablation"}
     assert set(r["correlation"]) == {"before after", "after attacked"} and "NaN" not in (tmp_path / "after/analysis.json").read_text()
@@ -289,19 +293,3 @@ def test_runs_side_by_side(tmp_path):
     assert row["lam"] == 1e-2 and row["by_rate"] == {"harmful p=0.1": {"1e-05": [4, 6]}}
     assert r["spearman"]["D_neg, Harmful p = 0.1"] == {"rho": pytest.approx(1), "n": 3}
     assert "D_neg, Benign" not in r["spearman"]
-
-
-PAIR = ["--before", "data/tiny", "--after", "data/tiny"]
-
-
-@pytest.mark.parametrize("flags, said", [
-    (["--after", "data/tiny"], "--before and --after too"), (["--attacked", "data/tiny"], "--before and --after too"),
-    (["--before", "data/tiny", "--after", "nowhere"], "nowhere"), ([*PAIR, "--out", "LICENSE"], "--out: found 'LICENSE'"),
-    (["--before", "data/tiny", "--after", "tests/golden/llama"], "tests/golden/llama"), ([*PAIR, "--ms", "5000"], "--ms"),
-    ([*PAIR, "--other-blocks", "0"], "--other-blocks"), (["--runs", "nowhere"], "nowhere/result.json"),
-    (["--runs", "data/results/all-tiny"], "data/results/all-tiny/result.json"), ([*PAIR, "--unseen", "EMPTY"], "found 0 items")])
-def test_wrong_flags_end_in_one_line(flags, said, tmp_path):
-    (tmp_path / "empty.json").write_text("{}")
-    flags = [str(tmp_path / "empty.json") if f == "EMPTY" else f for f in flags]
-    run = subprocess.run([sys.executable, "evaluate.py", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and said in run.stderr and run.stderr.count("\n") == 1

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,23 @@ from data import load_faithun, load_tofu
 from evaluate import mismatched_tau, run
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--test-limit", "8", "--attack-seeds", "1", "--attack-epochs", "1", "--attack-lrs", "1e-4", "--tau", "0.97",
+QUICK = ["--attack-seeds", "1", "--attack-epochs", "1", "--attack-lrs", "1e-4", "--tau", "0.5",
          "--benign-rows", "8", "--benign-lrs", "1e-4", "--benign-points", "2"]
 
 
 def command(folder, script, *flags):
-    """Runs a command in `folder`, so that runs/ appears there."""
-    paths = ["--model", str(ROOT / "data/tiny"), "--forget", str(ROOT / "data/faithun.json")]
+    """Runs a command in `folder`, so that runs/ appears there, on few facts: 8 to forget, 12 to retain, 8 to test."""
+    (folder / "few").mkdir(exist_ok=True)
+    for name, part in (("forget", range(8)), ("retaining", range(8, 20)), ("test", range(20, 28))):
+        (folder / f"few/{name}_set_split.txt").write_text("\n".join(map(str, part)))
+    paths = ["--model", str(ROOT / "data/tiny"), "--forget", str(ROOT / "data/faithun.json"), "--splits", "few"]
     paths += ["--benign", str(ROOT / "data/instructions.json")] if script != "evaluate.py" else []
     return subprocess.run([sys.executable, str(ROOT / script), *paths, *flags], cwd=folder, capture_output=True, text=True)
+
+
+def resume(folder, name, *flags):
+    return subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", f"runs/{name}", *flags], cwd=folder,
+                          capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,7 @@ def test_the_main_command_writes_the_papers_row(finished):
     folder, printed = finished
     run = folder / "runs/ssiuu-tiny"
     result = json.loads((run / "result.json").read_text())
-    assert result["after"]["FS"]["percent"] <= 97 < result["before"]["FS"]["percent"] and result["after"]["reached"]
+    assert result["after"]["FS"]["percent"] <= 50 < result["before"]["FS"]["percent"] and result["after"]["reached"]
     assert list(result["attacks"]) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign", "int8", "int4"]
     assert result["after"]["RS"]["n"] == 8 and result["before"]["US"]["n"] == result["after"]["US"]["n"] == 3
     control = result["controls"][str(ROOT / "data/tiny")]
@@ -55,20 +64,17 @@ def test_the_main_command_writes_the_papers_row(finished):
 def test_the_checkpoint_can_be_scored_and_attacked_alone(finished):
     folder, _ = finished
     run = folder / "runs/ssiuu-tiny"
-    out = command(folder, "evaluate.py", "--model", str(run), "--test-limit", "8")
+    out = command(folder, "evaluate.py", "--model", str(run))
     after = json.loads((run / "result.json").read_text())["after"]
     assert json.loads(out.stdout)["FS"] == after["FS"] and json.loads(out.stdout)["RS"] == after["RS"]
     out = command(folder, "attack.py", "--model", str(run), "--p", "0.3", "--attack-lrs", "1e-4", "--attack-seeds", "1",
                   "--attack-epochs", "1", "--benign", "", "--bits", "4", "--control", str(ROOT / "data/tiny"))
     wrong = round(after["FS"]["n"] * (1 - after["FS"]["percent"] / 100))
-    if wrong < 2:  # too few false answers: said in one line
-        assert "answered falsely" in out.stdout + out.stderr
-    else:
-        summaries = [r for r in map(json.loads, out.stdout.splitlines()) if r["kind"] == "summary"]
-        assert [(r["model"], r["attack"]) for r in summaries] == [
-            (name, kind) for name in (str(run), str(ROOT / "data/tiny")) for kind in ("Harmful p = 0.3", "int4")]
-        assert [r["n"] for r in summaries[:2]] == [r["n"] for r in summaries[2:]] == [summaries[0]["n"], wrong]
-        assert summaries[0]["n"] < wrong
+    summaries = [r for r in map(json.loads, out.stdout.splitlines()) if r["kind"] == "summary"]
+    assert [(r["model"], r["attack"]) for r in summaries] == [
+        (name, kind) for name in (str(run), str(ROOT / "data/tiny")) for kind in ("Harmful p = 0.3", "int4")]
+    assert [r["n"] for r in summaries[:2]] == [r["n"] for r in summaries[2:]] == [summaries[0]["n"], wrong]
+    assert summaries[0]["n"] < wrong
 
 
 def test_tofu_end_to_end(tmp_path):
@@ -80,7 +86,7 @@ def test_tofu_end_to_end(tmp_path):
     (tmp_path / "real_authors.json").write_text((tmp_path / "retain99.json").read_text())
     out = command(tmp_path, "ssiuu.py", "--forget", "forget01.json", "--retain", "retain99.json", "--teach", "full.json",
                   "--teach-epochs", "1", "--teach-lr", "1e-6", "--method", "gd", "--lr", "1e-3", "--steps", "40",
-                  "--test-limit", "6", "--utility", ".", *QUICK[2:6], "--attack-lrs", "1e-4", "--benign", "", "--p", "0.3")
+                  "--test-limit", "6", "--utility", ".", *QUICK[:6], "--benign", "", "--p", "0.3")
     assert out.returncode == 0, out.stderr
     result = json.loads((tmp_path / "runs/gd-tiny/result.json").read_text())
     tau = mismatched_tau(load_tofu(tmp_path / "forget01.json"))
@@ -91,31 +97,42 @@ def test_tofu_end_to_end(tmp_path):
     assert (tmp_path / "runs/gd-tiny/taught/model.safetensors").is_file() and "teach 1/1  24 rows" in out.stdout
 
 
-def test_several_methods_make_the_table_and_a_finished_run_is_never_run_again(tmp_path):
-    """Killed twice: in the second method, and between the last cell and the table."""
-    flags = [*QUICK, "--method", "ga,npo", "--lrs", "1e-5", "5e-4", "1e-3", "--betas", "0.1", "0.5", "--seeds", "2",
-             "--steps", "30", "--p", "0.3", "--bits", "8"]
-    out = command(tmp_path, "ssiuu.py", *flags, "--name", "all")
+def test_the_table_of_several_methods_is_the_same_after_two_kills(tmp_path):
+    """One while it searches a rate, one while it attacks; what was finished before is not run again."""
+    out = command(tmp_path, "ssiuu.py", *QUICK, "--method", "ga,npo", "--lrs", "1e-5", "5e-4", "1e-3", "--betas", "0.1",
+                  "0.5", "--seeds", "1", "--steps", "15", "--p", "0.3", "--bits", "8", "--benign", "", "--attack-lrs", "1e-3",
+                  "--name", "whole")
     assert out.returncode == 0, out.stderr
-    folder = tmp_path / "runs/all"
-    whole, table = json.loads((folder / "result.json").read_text()), (folder / "table.md").read_text()
-    assert list(whole["rows"]) == ["Default", "ga", "npo"] and table.splitlines()[3].startswith("| ga | ")
-    for row in (whole["rows"]["ga"], whole["rows"]["npo"]):
-        assert row["reached"] == [True, True] and row["lr"] in (1e-5, 5e-4, 1e-3) and row["FS"]["runs"] == 2
-        assert list(row["attacks"]) == ["Harmful p = 0.3", "Benign", "int8"]
-    tried = sorted(f.name for f in folder.iterdir() if f.is_dir() and f.name.startswith("npo"))
-    assert any("beta=0.5" in name for name in tried) and f"npo lr={whole['rows']['npo']['lr']:g} beta=" in " ".join(tried)
-    (folder / "result.json").unlink()
-    last = folder / next(name for name in reversed(tried) if name.endswith("seed=1"))
-    cut = [line for line in (last / "log.jsonl").read_text().splitlines() if json.loads(line)["kind"] != "quantise"]
-    (last / "log.jsonl").write_text("\n".join(cut[:-1]) + "\n")
-    (last / "result.json").unlink()
-    stamps = {f: f.stat().st_mtime_ns for f in folder.glob("*/result.json")}
-    out = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/all"], cwd=tmp_path,
-                         capture_output=True, text=True)
-    assert out.returncode == 0 and (folder / "table.md").read_text() == table, out.stderr
-    assert {f: f.stat().st_mtime_ns for f in stamps} == stamps and "step " not in out.stdout
-    assert json.loads((folder / "result.json").read_text())["rows"] == whole["rows"]
+    whole, part = tmp_path / "runs/whole", tmp_path / "runs/part"
+    rows, table = json.loads((whole / "result.json").read_text())["rows"], (whole / "table.md").read_text()
+    assert list(rows) == ["Default", "ga", "npo"] and table.splitlines()[3].startswith("| ga | ")
+    for row in (rows["ga"], rows["npo"]):
+        assert row["reached"] == [True] and row["lr"] == 5e-4 and row["FS"]["runs"] == 1
+        assert list(row["attacks"]) == ["Harmful p = 0.3", "int8"]
+    assert {"npo lr=1e-05 beta=0.1 seed=0", "npo lr=0.0005 beta=0.5 seed=0"} < {f.name for f in whole.iterdir()}
+
+    def kill(log, kind, n):
+        """Resumes `part` and ends it without warning once its log has n records of this kind."""
+        process = subprocess.Popen([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/part"], cwd=tmp_path,
+                                   stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (log.is_file() and log.read_text().count(f'"kind": "{kind}"') >= n):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -9, log
+        return {f: f.stat().st_mtime_ns for f in part.glob("*/result.json")}
+
+    part.mkdir()
+    shutil.copy(whole / "settings.json", part)
+    done = kill(part / "npo lr=1e-05 beta=0.1 seed=0/log.jsonl", "step", 12)
+    again = kill(part / rows["npo"]["runs"][0] / "log.jsonl", "harmful", 1)
+    assert done and done.items() <= again.items()
+    out = resume(tmp_path, "part")
+    assert out.returncode == 0 and "step " not in out.stdout and (part / "table.md").read_text() == table, out.stderr
+    again.pop(part / rows["npo"]["runs"][0] / "result.json")  # searched without the attacks that it now has
+    assert again.items() <= {f: f.stat().st_mtime_ns for f in part.glob("*/result.json")}.items()
+    for name in [name for row in (rows["ga"], rows["npo"]) for name in row["runs"]]:
+        a, b = (json.loads((folder / name / "result.json").read_text()) for folder in (whole, part))
+        assert a["attacks"] == b["attacks"] and a["after"]["forget_margin"] == b["after"]["forget_margin"]
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
@@ -125,8 +142,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert command(tmp_path, "ssiuu.py", *flags, "--steps", "2", "--name", "cut").returncode == 0
     with open(tmp_path / "runs/cut/log.jsonl", "a") as log:
         log.write('{"kind": "st')  # what a kill leaves
-    resumed = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/cut", "--steps", "4"],
-                             cwd=tmp_path, capture_output=True, text=True)
+    resumed = resume(tmp_path, "cut", "--steps", "4")
     assert resumed.returncode == 0, resumed.stderr
     a, b = (load_file(tmp_path / f"runs/{name}/model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -134,21 +150,21 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
 
 
 def test_a_kill_after_the_threshold_takes_no_further_step(finished, tmp_path):
-    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    for name in ("runs", "few"):
+        shutil.copytree(finished[0] / name, tmp_path / name)
     run, log = tmp_path / "runs/ssiuu-tiny", tmp_path / "runs/ssiuu-tiny/log.jsonl"
     steps = [line for line in log.read_text().splitlines() if json.loads(line)["kind"] in ("before", "step")]
     log.write_text("\n".join(steps) + "\n")
-    out = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/ssiuu-tiny", "--attack-seeds", "0"],
-                         cwd=tmp_path, capture_output=True, text=True)
+    out = resume(tmp_path, "ssiuu-tiny", "--attack-seeds", "0")
     assert out.returncode == 0 and log.read_text().count('"kind": "step"') == len(steps) - 1, out.stderr
     a, b = (load_file(folder / "model.safetensors") for folder in (run, finished[0] / "runs/ssiuu-tiny"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_resumed_run_keeps_its_settings(finished, tmp_path):
-    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
-    out = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/ssiuu-tiny", "--attack-epochs", "9"],
-                         cwd=tmp_path, capture_output=True, text=True)
+    for name in ("runs", "few"):
+        shutil.copytree(finished[0] / name, tmp_path / name)
+    out = resume(tmp_path, "ssiuu-tiny", "--attack-epochs", "9")
     assert out.returncode == 1 and "--attack-epochs: found 9, expected 1" in out.stderr
 
 
@@ -156,12 +172,23 @@ def test_bfloat16_follows_float32(tmp_path):
     """Autocast's weight cache would freeze the forward pass at step 1: P would stay where it was."""
     P = {}
     for dtype in ("float32", "bfloat16"):
-        out = command(tmp_path, "ssiuu.py", *QUICK, "--attack-seeds", "0", "--steps", "3", "--lr", "1e-4", "--tau", "0",
+        out = command(tmp_path, "ssiuu.py", *QUICK, "--attack-seeds", "0", "--steps", "2", "--lr", "2e-4", "--tau", "0",
                       "--dtype", dtype, "--name", dtype)
         assert out.returncode == 0, out.stderr
         log = [json.loads(line) for line in (tmp_path / f"runs/{dtype}/log.jsonl").read_text().splitlines()]
         P[dtype] = [r["P"] for r in log if r["kind"] == "step"]
-    assert P["bfloat16"] == pytest.approx(P["float32"], abs=4e-3) and P["float32"][0] - P["float32"][2] > 0.02
+    assert P["bfloat16"] == pytest.approx(P["float32"], abs=4e-3) and P["float32"][0] - P["float32"][1] > 0.02
+
+
+PAIR = ["--before", "TINY", "--after", "TINY"]
+
+
+def inside(monkeypatch, script, *flags):
+    """The command in this process, which saves the start of an interpreter; SystemExit is its end."""
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as e:
+        run(__import__(script.removesuffix(".py")).main)
+    return e.value.code
 
 
 @pytest.mark.parametrize("script, flags, words", [
@@ -185,29 +212,37 @@ def test_bfloat16_follows_float32(tmp_path):
     ("ssiuu.py", ["--method", "gd,magic"], ["--method", "gd,magic"]),
     ("ssiuu.py", ["--retain", "nowhere.json"], ["faithun.json", "line 1"]),
     ("evaluate.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
+    ("evaluate.py", ["--after", "TINY"], ["--before and --after too"]),
+    ("evaluate.py", ["--attacked", "TINY"], ["--before and --after too"]),
+    ("evaluate.py", ["--before", "TINY", "--after", "nowhere"], ["nowhere"]),
+    ("evaluate.py", [*PAIR, "--out", "file"], ["--out: found 'file'"]),
+    ("evaluate.py", ["--before", "TINY", "--after", str(ROOT / "tests/golden/llama")], ["tests/golden/llama"]),
+    ("evaluate.py", [*PAIR, "--ms", "5000"], ["--ms"]),
+    ("evaluate.py", [*PAIR, "--other-blocks", "0"], ["--other-blocks"]),
+    ("evaluate.py", [*PAIR, "--unseen", "file"], ["file: found 0 items"]),
+    ("evaluate.py", ["--runs", "nowhere"], ["nowhere/result.json"]),
+    ("evaluate.py", ["--runs", str(ROOT / "data/results/all-tiny")], ["data/results/all-tiny/result.json"]),
     ("attack.py", ["--p", "0"], ["--p"]),
 ])
 def test_bad_input_ends_in_one_line_and_a_status(tmp_path, monkeypatch, capsys, script, flags, words):
-    """In this process, to save the start of an interpreter; the subprocess above shows that the status gets out."""
-    module = __import__(script.removesuffix(".py"))
-    benign = ["--benign", str(ROOT / "data/instructions.json")] if script != "evaluate.py" else []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, "--model", str(ROOT / "data/tiny"), "--forget",
-                                      str(ROOT / "data/faithun.json"), *benign, *flags])
-    with pytest.raises(SystemExit) as e:
-        run(module.main)
-    last = e.value.code if isinstance(e.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
-    assert e.value.code != 0 and "\n" not in last and all(word in last for word in words), last
-    assert not list(tmp_path.rglob("result.json"))
+    Path("file").write_text("{}")
+    tiny, benign = str(ROOT / "data/tiny"), ["--benign", str(ROOT / "data/instructions.json")]
+    code = inside(monkeypatch, script, "--model", tiny, "--forget", str(ROOT / "data/faithun.json"),
+                  *(benign if script != "evaluate.py" else []), *(tiny if f == "TINY" else f for f in flags))
+    last = code if isinstance(code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert code != 0 and "\n" not in last and all(word in last for word in words), last
+    assert not list(tmp_path.rglob("result.json")) and not list(tmp_path.rglob("analysis.json"))
 
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path):
-    out = command(tmp_path, "ssiuu.py", "--test-limit", "4", "--lam", "1e39", "--steps", "9", "--tau", "0")
+    out = command(tmp_path, "ssiuu.py", "--lam", "1e39", "--steps", "9", "--tau", "0")
     assert out.returncode == 1 and "not finite" in out.stderr and len(out.stderr.splitlines()) == 1
     assert not list(tmp_path.rglob("result.json"))
 
 
 @pytest.mark.parametrize("script", ["ssiuu.py", "evaluate.py", "attack.py"])
-def test_help_names_every_flag(tmp_path, script):
-    out = command(tmp_path, script, "--help")
-    assert out.returncode == 0 and "--forget" in out.stdout and "None" not in out.stdout
+def test_help_names_every_flag(monkeypatch, capsys, script):
+    assert inside(monkeypatch, script, "--help") == 0
+    out = capsys.readouterr().out
+    assert "--forget" in out and "None" not in out
