@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from data import Example, batches, collate, encode, load_alpaca
-from evaluate import answered, check, item_scores, margin, read_flags, run, splits_of, wilson
+from evaluate import accuracy, answered, check, hooked, margin, read_flags, run, splits_of, wilson
 from model import LM, Tokenizer, answer_logprob, load, save
 
 
@@ -31,21 +31,17 @@ def lora(model: LM, rank: int, generator: torch.Generator) -> Iterator[list[nn.P
 
     B (out, r) starts at zero, A (r, in) Gaussian / sqrt(in), alpha = 2 r. At the end B A is added to W for good.
     """
-    learning, pairs, hooks = [w for w in model.parameters() if w.requires_grad], [], []
+    learning, factors = [w for w in model.parameters() if w.requires_grad], {}
     for layer in projections(model):
         W = layer.weight
         A = torch.randn(rank, W.shape[1], generator=generator) / W.shape[1] ** 0.5
-        pairs.append((layer, nn.Parameter(W.new_zeros(len(W), rank)), nn.Parameter(A.to(W))))
+        factors[layer] = nn.Parameter(W.new_zeros(len(W), rank)), nn.Parameter(A.to(W))
     try:
-        for w in learning:
-            w.requires_grad_(False)
-        for layer, B, A in pairs:  # B and A as defaults: a closure would see the last pair
-            hooks.append(layer.register_forward_hook(lambda _, x, y, B=B, A=A: y + 2 * (x[0] @ A.T @ B.T)))
-        yield [factor for _, *factors in pairs for factor in factors]
+        model.requires_grad_(False)
+        with hooked(factors, lambda layer, x, y: y + 2 * (x[0] @ factors[layer][1].T @ factors[layer][0].T)):
+            yield [w for pair in factors.values() for w in pair]
     finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, B, A in pairs:
+        for layer, (B, A) in factors.items():
             layer.weight.data.add_((B @ A).data, alpha=2)
         for w in learning:
             w.requires_grad_(True)
@@ -61,14 +57,14 @@ def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator:
     with lora(model, rank, generator) if rank else nullcontext(list(model.parameters())) as weights:
         optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
         rows = sorted(rows, key=lambda row: len(row[0]))
-        parts = [collate(rows[i:i + size]).to(model.lm_head.weight.device) for i in range(0, len(rows), size)]
+        parts = [collate(rows[i:i + size], model.device) for i in range(0, len(rows), size)]
         order, losses = batches(len(parts), 1, generator), []
         ends = {len(parts) * (i + 1) // points for i in range(points)}
         for done in [i for _ in range(epochs) for i in range(1, len(parts) + 1)]:
             batch = parts[next(order)[0]]
             loss = -answer_logprob(model, batch).mean()
             if not loss.isfinite():
-                raise FloatingPointError(f"retraining at {lr:g}: loss is {loss.item()}, expected a number: lower the rate")
+                raise FloatingPointError(f"retraining at {lr:g}: loss is {loss.item()}, expected a number: lower it")
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -98,11 +94,6 @@ def falsely_answered(model: LM, tokenizer: Tokenizer, C_f: list[Example], eval_s
     return [e for e, hit in zip(C_f, answered(model, tokenizer, C_f, size=eval_size)) if not hit]
 
 
-def forgetting_score(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> float:
-    """FS of Section 6.2.1 in percent."""
-    return round(100 * statistics.mean(item_scores(model, tokenizer, examples, size)), 2)
-
-
 def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Generator, scored: list[Example],
              eval_size: int, known: tuple | list = ()) -> dict:
     """The cell with FS, logp and margin of `scored` as lists: before the attack, then each time `changes` yields.
@@ -111,7 +102,7 @@ def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Generator, sc
     ValueError where nothing is left to score.
     """
     def measure() -> tuple:
-        return forgetting_score(model, tokenizer, scored, eval_size), *margin(model, tokenizer, scored, eval_size)
+        return accuracy(model, tokenizer, scored, eval_size)["percent"], *margin(model, tokenizer, scored, eval_size)
 
     if not scored:
         raise ValueError(f"{cell['kind']} attack: no item answered falsely is left to score, expected at least one")
@@ -180,31 +171,28 @@ def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bi
     yield attacked(model, tokenizer, cell, (quantise(model, bits) for _ in range(1)), pool, eval_size, known)
 
 
-def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], s, known: tuple | list = ()
-            ) -> Iterator[tuple[str, Iterator[dict]]]:
-    """(column of the table, its cells) of every attack that the settings `s` ask for."""
+def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], s, report: Callable[[str, dict], None],
+            known: tuple | list = ()) -> dict[str, dict]:
+    """{column of the table: `summary`} of every attack that the settings `s` ask for; report(column, cell) as each cell
+    ends. An impossible attack is a column that says why."""
     same = {"seeds": s.attack_seeds, "size": s.attack_batch, "seed": s.seed, "rank": s.attack_rank, "known": known,
             "eval_size": s.eval_batch}
-    for p in s.p:
-        yield f"Harmful p = {p:g}", harmful_attack(model, tokenizer, pool, p, s.attack_lrs, epochs=s.attack_epochs,
-                                                   **same)
+    columns = {f"Harmful p = {p:g}": harmful_attack(model, tokenizer, pool, p, s.attack_lrs, epochs=s.attack_epochs,
+                                                    **same) for p in s.p}
     if s.benign:
-        yield "Benign", benign_attack(model, tokenizer, pool, load_alpaca(s.benign), s.benign_lrs, limit=s.benign_rows,
-                                      points=s.benign_points, **same)
-    for bits in s.bits:
-        yield f"int{bits}", quantisation_attack(model, tokenizer, pool, bits, s.eval_batch, known)
-
-
-def finish(cells: Iterator[dict], report: Callable[[dict], None]) -> dict:
-    """`summary` of an attack's cells, each reported as it ends; an impossible attack is a cell that says why."""
-    done = []
-    try:
-        for c in cells:
-            done.append(c)
-            report(c)
-        return summary(done)
-    except (ValueError, FloatingPointError) as e:
-        return {"percent": None, "why": str(e)}
+        columns["Benign"] = benign_attack(model, tokenizer, pool, load_alpaca(s.benign), s.benign_lrs,
+                                          limit=s.benign_rows, points=s.benign_points, **same)
+    columns |= {f"int{bits}": quantisation_attack(model, tokenizer, pool, bits, s.eval_batch, known) for bits in s.bits}
+    for label, cells in columns.items():
+        done = []
+        try:
+            for c in cells:
+                done.append(c)
+                report(label, c)
+            columns[label] = summary(done)
+        except (ValueError, FloatingPointError) as e:
+            columns[label] = {"percent": None, "why": str(e)}
+    return columns
 
 
 def summary(cells: list[dict]) -> dict:
@@ -215,20 +203,18 @@ def summary(cells: list[dict]) -> dict:
     draws = [[c for c in cells if c["seed"] == draw] for draw in sorted({c["seed"] for c in cells})]
     best = [max(draw, key=lambda c: max(c["FS"][1:])) for draw in draws]
     maxima, n = [max(c["FS"][1:]) for c in best], best[0]["n"]
-    mean = statistics.mean(maxima)
-    low, high = wilson(mean, n)
     recovery = {}
     for key in ("logp", "margin"):
         recovery[f"{key}_before"] = statistics.mean(draw[0][key][0] for draw in draws)
         recovery[f"{key}_max"] = statistics.mean(max(max(c[key][1:]) for c in draw) for draw in draws)
-    return {"percent": round(mean, 2), "sd": round(statistics.pstdev(maxima), 2), "n": n, "low": low, "high": high,
-            "draws": len(maxima), "retrained": best[0]["retrained"], "lr_of_max": [c["lr"] for c in best], **recovery}
+    return {**wilson(statistics.mean(maxima), n), "sd": round(statistics.pstdev(maxima), 2), "draws": len(maxima),
+            "retrained": best[0]["retrained"], "lr_of_max": [c["lr"] for c in best], **recovery}
 
 
 @dataclass
 class Settings:
     model: str = "runs/ssiuu-tiny"          # checkpoint directory or hub id; what it answers falsely is the pool
-    control: str = ""                       # further checkpoints for that pool, comma-separated: taught, untaught
+    control: str = ""                       # attack these on the same items, with commas: original, never taught
     forget: str = "data/faithun.json"       # FaithUn file, or TOFU's forget01
     splits: str = ""                        # folder of its split files; empty: faithun_splits beside it
     retain: str = ""                        # TOFU's retain99, where --forget is TOFU's forget01
@@ -242,7 +228,7 @@ class Settings:
     benign_lrs: tuple = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2, D.2)
     benign_rows: int = 1000                 # rows a draw, one pass (6.2.2; the passes are unpublished)
     benign_points: int = 5                  # scores in a pass; unpublished
-    bits: tuple = (8, 4)                    # of the rounded weights; not in the paper (Zhang et al. 2025)
+    bits: tuple = (8, 4)                    # attack by rounding the weights to so many bits; not in the paper
     seed: int = 0                           # of the draws and the batches
     save: str = ""                          # only write the model that the first p, rate and draw end in to this folder
     eval_batch: int = 64                    # sequences at a time when scoring
@@ -258,7 +244,7 @@ def main() -> None:
     (C_f, _, _), pool = splits_of(s.forget, s.splits, retain=s.retain), []
     for name in (s.model, *filter(None, s.control.split(","))):
         model, tokenizer = load(name, device=s.device)
-        pool = pool or falsely_answered(model, tokenizer, C_f)
+        pool = pool or falsely_answered(model, tokenizer, C_f, s.eval_batch)
         if not pool:
             raise ValueError(f"{name}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
         if s.save:  # for evaluate.py --attacked
@@ -268,8 +254,8 @@ def main() -> None:
             for loss in retrain(model, rows, *settings, s.attack_rank):
                 print(f"{name}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
             return save(model, tokenizer, s.save)
-        for label, cells in attacks(model, tokenizer, pool, s):
-            result = finish(cells, lambda c: print(json.dumps({"model": name, **c}), flush=True))
+        found = attacks(model, tokenizer, pool, s, lambda _, c: print(json.dumps({"model": name, **c}), flush=True))
+        for label, result in found.items():
             print(json.dumps({"model": name, "kind": "summary", "attack": label, **result}), flush=True)
 
 

@@ -29,9 +29,6 @@ class Batch:
     ids: Tensor     # (B, K) long
     answer: Tensor  # (B, K) bool
 
-    def to(self, device: str) -> "Batch":
-        return Batch(self.ids.to(device), self.answer.to(device))
-
     def real(self) -> Tensor:
         """(B, K) bool: all but the padding, since every sequence ends in its answer."""
         return self.answer.flip(1).cumsum(1).flip(1) > 0
@@ -43,8 +40,6 @@ class Batch:
 def read(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except OSError as e:
-        raise OSError(f"{path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
 
@@ -85,8 +80,8 @@ def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
             example = Example(" ".join(strings(row.get("question"))), strings(row.get("answers")),
                               strings(row.get("false_answer_options"))[:2])
             if not example.question or not example.answers or len(example.false_options) < 2:
-                raise ValueError(f"{path}: {part}[{i}] of {name!r} has {', '.join(row) or 'nothing'}; expected question, "
-                                 "answers and two false_answer_options, none empty")
+                raise ValueError(f"{path}: {part}[{i}] of {name!r} has {', '.join(row) or 'nothing'}; expected "
+                                 "question, answers and two false_answer_options, none empty")
             examples.append(example)
     return examples
 
@@ -207,11 +202,11 @@ def encode(tokenizer, question: str, answer: str) -> tuple[list[int], list[bool]
     return x + y, [False] * len(x) + [True] * len(y)
 
 
-def collate(rows: list[tuple[list[int], list[bool]]]) -> Batch:
+def collate(rows: list[tuple[list[int], list[bool]]], device: torch.device | str = "cpu") -> Batch:
     """Pads on the right with id 0, which nothing reads: the causal mask hides it and `answer` leaves it out."""
     width = max(len(ids) for ids, _ in rows)
-    return Batch(torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]),
-                 torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows]))
+    return Batch(torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device),
+                 torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows], device=device))
 
 
 def batches(n: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:

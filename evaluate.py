@@ -35,24 +35,22 @@ from model import LM, Tokenizer, answer_logprob, generate, load, prefill, read_j
 # ------------------------------------------------------------------------------------------------ scores
 
 
-def wilson(rate: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson interval of a rate observed over n items, both in percent."""
-    p = rate / 100
+def wilson(percent: float, n: int) -> dict:
+    """{percent, n, low, high}: a rate over n items with its 95 % Wilson interval, all in percent."""
+    p, z = percent / 100, 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return tuple(round(100 * max(0.0, min(1.0, (centre + s * half) / (1 + z * z / n))), 2) for s in (-1, 1))
-
-
-def score(hits: list[bool]) -> dict:
-    """{percent, n, low, high} of a list of outcomes; nan percent where there are none."""
-    n = len(hits)
-    percent = 100 * sum(hits) / n if n else math.nan
-    low, high = wilson(percent, n) if n else (0.0, 100.0)
+    low, high = (round(100 * max(0.0, min(1.0, (centre + s * half) / (1 + z * z / n))), 2) for s in (-1, 1))
     return {"percent": round(percent, 2), "n": n, "low": low, "high": high}
 
 
+def score(hits: list[bool]) -> dict:
+    """`wilson` of a list of outcomes."""
+    return wilson(100 * sum(hits) / len(hits), len(hits))
+
+
 def standard_error(values: list[float]) -> float:
-    """Of the mean of values in [0, 1]; one value alone says nothing and gets the largest deviation there is, 0.5."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.5
+    """Of the mean of values in [0, 1]; equal ones, or one alone, say nothing and get the largest deviation, 0.5."""
+    return (len(values) > 1 and statistics.stdev(values) or 0.5) / math.sqrt(len(values))
 
 
 def normal(mean: float, error: float, n: int) -> dict:
@@ -63,7 +61,7 @@ def normal(mean: float, error: float, n: int) -> dict:
 
 def mean_score(values: list[float]) -> dict:
     """Like `score`, of values in [0, 1], with `normal`'s interval."""
-    return normal(statistics.fmean(values), standard_error(values), len(values)) if values else score([])
+    return normal(statistics.fmean(values), standard_error(values), len(values))
 
 
 def normalise(text: str) -> str:
@@ -71,13 +69,13 @@ def normalise(text: str) -> str:
     return text.strip().split("\n")[0].casefold().strip(string.whitespace + string.punctuation)
 
 
-def answered(model: LM, tokenizer: Tokenizer, examples: list[Example], seed: int = 0, size: int = 64) -> list[bool]:
+def answered(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> list[bool]:
     """Per example: is the greedy answer to Table 3's question, after `normalise`, one of the accepted answers?
 
-    The order of an item's options depends on the seed and the item alone, so every model, subset and step sees
-    the same prompt. Generation stops four tokens past the longest option: nothing longer could match.
+    The order of an item's options depends on the item alone, so every model, subset and step sees the same
+    prompt. Generation stops four tokens past the longest option: nothing longer could match.
     """
-    prompts = [tokenizer.prompt(mcqa_prompt(e, random.Random(f"{seed} {e.question}"))) for e in examples]
+    prompts = [tokenizer.prompt(mcqa_prompt(e, random.Random(f"0 {e.question}"))) for e in examples]
     budget = 4 + max((len(tokenizer.answer(o)) for e in examples for o in (*e.answers, *e.false_options)), default=0)
     outputs = greedy(model, tokenizer, prompts, budget, size)
     return [normalise(text) in {normalise(a) for a in e.answers} for text, e in zip(outputs, examples)]
@@ -108,13 +106,13 @@ def accuracy(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int
 def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> tuple[float, float]:
     """Recovery without steps, in nats per token, on the plain question: the mean over examples of log P(answer),
     and of its lead over the best false option."""
+    options = [[tokenizer.answer(o) for o in (e.answers[0], *e.false_options)] for e in examples]
     truth, lead = [], []
-    for part in (examples[i:i + size] for i in range(0, len(examples), size)):
-        options = [[tokenizer.answer(o) for o in (e.answers[0], *e.false_options)] for e in part]
-        for row, logp in zip(options, option_scores(model, [tokenizer.prompt(e.question) for e in part], options)):
-            first, *false = (value / len(o) for value, o in zip(logp, row))
-            truth.append(first)
-            lead.append(first - max(false, default=0.0))
+    scores = option_scores(model, [tokenizer.prompt(e.question) for e in examples], options, size)
+    for row, logp in zip(options, scores):
+        first, *false = (value / len(o) for value, o in zip(logp, row))
+        truth.append(first)
+        lead.append(first - max(false, default=0.0))
     return statistics.fmean(truth), statistics.fmean(lead)
 
 
@@ -219,36 +217,36 @@ def mismatched_tau(examples: list[Example], seed: int = 0) -> float:
 
 
 @torch.no_grad()
-def option_scores(model: LM, prompts: list[list[int]], options: list[list[list[int]]]) -> list[list[float]]:
+def option_scores(model: LM, prompts: list[list[int]], options: list[list[list[int]]], size: int = 64
+                  ) -> list[list[float]]:
     """log P(option | prompt) in nats for the tokens of every prompt's options; each prompt is computed once."""
-    rows = [(option, [True] * len(option)) for part in options for option in part]
-    batch = collate(rows).to(model.lm_head.weight.device)                                             # (R, T)
-    last, length, cache = prefill(model, prompts, batch.ids.shape[1] - 1)
-    owner = torch.tensor([i for i, part in enumerate(options) for _ in part], device=last.device)     # (R,)
-    hidden = last[owner][:, None]                                                                     # (R, 1, D)
-    if batch.ids.shape[1] > 1:
+    if len(prompts) > size:
+        return sum((option_scores(model, prompts[i:i + size], options[i:i + size], size)
+                    for i in range(0, len(prompts), size)), [])
+    # In front of an option stands its prompt's last token, whose state predicts the first; its id is never read.
+    rows = [([0] + option, [False] + [True] * len(option)) for part in options for option in part]
+    batch = collate(rows, model.device)                                                               # (R, T + 1)
+    T = batch.ids.shape[1] - 1
+    last, length, cache = prefill(model, prompts, T - 1)
+    owner = torch.tensor([i for i, part in enumerate(options) for _ in part], device=model.device)    # (R,)
+    h = last[owner][:, None]                                                                          # (R, 1, D)
+    if T > 1:
         # An option's tokens take the slots of the prompt's pads; its own pads lie behind them, where nothing looks.
-        positions = length[owner][:, None] + torch.arange(batch.ids.shape[1] - 1, device=last.device)
+        positions = length[owner][:, None] + torch.arange(T - 1, device=model.device)
         cache = [(keys[owner], values[owner]) for keys, values in cache]
-        hidden = torch.cat((hidden, model.hidden(batch.ids[:, :-1], positions, cache)), 1)
-    logits = model.lm_head(hidden[batch.answer])                                                      # (N, V)
-    logp = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    logp = logp.gather(1, batch.ids[batch.answer][:, None])[:, 0].split([len(option) for option, _ in rows])
-    total = torch.stack([part.sum() for part in logp]).split([len(part) for part in options])
-    return [part.tolist() for part in total]
+        h = torch.cat((h, model.hidden(batch.ids[:, 1:-1], positions, cache)), 1)                     # (R, T, D)
+    return [part.tolist() for part in answer_logprob(model, batch, h).split([len(part) for part in options])]
 
 
 def chosen(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) -> list[bool]:
     """Per example: has the right option the highest log-probability per UTF-8 byte? A tie is no success."""
-    hits = []
-    for part in (examples[i:i + size] for i in range(0, len(examples), size)):
-        options = [(e.answers[0], *e.false_options) for e in part]
-        # tokens.encode: with the tokenizer's own start token, since no template brings it
-        scores = option_scores(model, [tokenizer.tokens.encode(e.question).ids for e in part],
-                               [[tokenizer.encode(o) for o in row] for row in options])
-        for row, logp in zip(options, scores):
-            first, *rest = (value / len(o.strip().encode()) for value, o in zip(logp, row))
-            hits.append(first > max(rest))
+    options, hits = [(e.answers[0], *e.false_options) for e in examples], []
+    # tokens.encode: with the tokenizer's own start token, since no template brings it
+    scores = option_scores(model, [tokenizer.tokens.encode(e.question).ids for e in examples],
+                           [[tokenizer.encode(o) for o in row] for row in options], size)
+    for row, logp in zip(options, scores):
+        first, *rest = (value / len(o.strip().encode()) for value, o in zip(logp, row))
+        hits.append(first > max(rest))
     return hits
 
 
@@ -316,16 +314,14 @@ def influence(model: LM, rows: list, modules: tuple[str, ...] = MODULES, levels:
     One (x, y) at a time. The last token of y predicts nothing and is left out: its A = 0 would bound every maximum.
     """
     found = {level: {} for level in levels}
-    for i, row in enumerate(rows):
-        for name, A in neuron_attribution(model, collate([row]).to(model.lm_head.weight.device), modules).items():
+    for row in rows:
+        for name, A in neuron_attribution(model, collate([row], model.device), modules).items():
             widths = {"neuron": 1, "module": A.shape[2]}
             widths |= {"head": model.config.head_dim} if name.endswith(MODULES[:3]) else {}
             for level in set(levels) & set(widths):
                 x = A[0, :-1].unflatten(1, (-1, widths[level])).sum(2)                      # (K-1, n)
-                if name not in found[level]:
-                    found[level][name] = torch.empty(2, len(rows), x.shape[1], dtype=x.dtype)
-                found[level][name][:, i] = torch.stack((x.amax(0), x.amin(0)))
-    return found
+                found[level].setdefault(name, []).append(torch.stack((x.amax(0), x.amin(0))).cpu())
+    return {level: {name: torch.stack(x, 1) for name, x in part.items()} for level, part in found.items()}
 
 
 def influence_variation(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:  # (2, S, n) twice -> (n,) twice
@@ -390,7 +386,7 @@ def logit_lens(model: LM, rows: list, wrong: list) -> Tensor:  # -> (L, S)
     states there, each answer read with its own tokens (Section 6.3, Figure 4). The paper counts how often it is > 0.
     """
     def read(row: tuple) -> Tensor:  # -> (L,)
-        batch, states = collate([row]).to(model.lm_head.weight.device), []
+        batch, states = collate([row], model.device), []
         with hooked(model.model.layers, lambda layer, _, out: states.append(out)):
             model.hidden(batch.ids)
         return torch.cat([answer_logprob(model, batch, model.model.norm(h)) for h in states]) / batch.answer.sum()
@@ -432,8 +428,8 @@ def three_attributions(model: LM, rows: list, picks: dict[str, Tensor]) -> dict[
     Kinds: Eq. 1, integrated gradients, and ablation: P less P with the neuron silent, which has no tokens: its
     maximum and minimum are those of the one number and 0.
     """
-    found, device = {"Eq. 1": [], "integrated": [], "ablation": []}, model.lm_head.weight.device
-    for batch in (collate([row]).to(device) for row in rows):
+    found, device = {"Eq. 1": [], "integrated": [], "ablation": []}, model.device
+    for batch in (collate([row], device) for row in rows):
         A, P, parts = neuron_attribution(model, batch, tuple(picks)), answer_logprob(model, batch).exp(), {}
         for name, chosen in picks.items():
             for kind, a in (("Eq. 1", A[name]), ("integrated", integrated_gradients(model, batch, name))):
@@ -463,7 +459,7 @@ def causal_test(model: LM, tokenizer: Tokenizer, examples: list[Example], D_neg:
         generator = torch.Generator().manual_seed(draw)
         silent = {name: x if draw == 0 else x[torch.randperm(len(x), generator=generator)]
                   for name, x in hit.items() if x.any()}
-        with without(model, {name: (~x).float().to(model.lm_head.weight.device) for name, x in silent.items()}):
+        with without(model, {name: (~x).float().to(model.device) for name, x in silent.items()}):
             results.append((accuracy(model, tokenizer, examples, size), margin(model, tokenizer, examples)[1]))
     random_FS = [FS["percent"] for FS, _ in results[1:]]
     return {"m": m, "FS": results[0][0], "margin": results[0][1], "random_FS": statistics.fmean(random_FS),
@@ -476,7 +472,7 @@ def membership(model: LM, rows: list, k: float = 0.4) -> dict[str, list[float]]:
     min-k, the mean of the share k of lowest log P (Shi et al. 2024), and min-k++, the same after log P is standardised
     under the model's own distribution at that position (Zhang et al. 2025)."""
     found = {"loss": [], "min-k": [], "min-k++": []}
-    for batch in (collate([row]).to(model.lm_head.weight.device) for row in rows):
+    for batch in (collate([row], model.device) for row in rows):
         logp = vocabulary_logprob(model, batch)                                             # (T, V)
         token = logp.gather(1, batch.ids[batch.answer][:, None])[:, 0]
         mean = (logp.exp() * logp).sum(1)
@@ -492,9 +488,7 @@ def auc(members: list[float], others: list[float]) -> dict:
     """Chance, in percent, that a member scores above a non-member. Its variance is at most that of a rate over the
     smaller group (Birnbaum and Klose, 1957), hence Wilson's interval at that n: too wide rather than too narrow."""
     a, b, n = torch.tensor(members)[:, None], torch.tensor(others), min(len(members), len(others))
-    percent = 100 * ((a > b).double() + 0.5 * (a == b)).mean().item()
-    low, high = wilson(percent, n)
-    return {"percent": round(percent, 2), "n": n, "low": low, "high": high}
+    return wilson(100 * ((a > b).double() + 0.5 * (a == b)).mean().item(), n)
 
 
 # ---------------------------------------------------------------------------------------- the analysis
@@ -518,7 +512,7 @@ def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], unseen: list[Ex
              for name, _ in model.named_modules() if name.endswith(MODULES) and int(name.split(".")[2]) in blocks}
     members, others = membership(model, rows), membership(model, strangers)
     with torch.no_grad():
-        P = [answer_logprob(model, collate([row]).to(s.device)).exp().item() for row in rows]
+        P = [answer_logprob(model, collate([row], s.device)).exp().item() for row in rows]
     return {"FS": accuracy(model, tokenizer, C_f), "margin": margin(model, tokenizer, C_f)[1], "P": statistics.fmean(P),
             "lens": [score(block) for block in (logit_lens(model, rows, wrong) > 0).tolist()],
             "membership": {kind: auc(members[kind], others[kind]) for kind in members},
@@ -655,9 +649,9 @@ def runs_table(folders: list[str]) -> dict:
     return {"rows": rows, "spearman": found}
 
 
-def markdown(rows: dict[str, dict]) -> str:
+def markdown(rows: dict[str, dict], first: str = "run") -> str:
     keys = [key for key in dict.fromkeys(key for row in rows.values() for key in row) if key != "by_rate"]
-    lines = [["run", *keys], ["---"] * (len(keys) + 1)]
+    lines = [[first, *keys], ["---"] * (len(keys) + 1)]
     lines += [[name, *(f"{x:.4g}" if isinstance(x, float) else "-" if x is None else str(x)
                        for x in map(row.get, keys))] for name, row in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -726,7 +720,7 @@ def figure_7(r: dict, folder: Path) -> None:
              for label in dict.fromkeys(label for _, row in rows for label in row.get("by_rate", {}))}
     plot(folder / "figure7.png", f"Figure 7: n = {rows[0][1]['n']}, maxima over points, means over draws", (
         {"xscale": "log", "xlabel": "lambda", "ylabel": "%", "ylim": (0, 101)},
-        {key: ([r["lam"] for r in swept], [r.get(key) for r in swept], look)
+        {key: ([row["lam"] for row in swept], [row.get(key) for row in swept], look)
          for key, look in zip(keys, itertools.cycle(styles))}),
         *(({"xscale": "log", "xlabel": f"learning rate, {label}", "ylabel": "max FS, %"}, curves)
           for label, curves in rates.items()))
@@ -758,7 +752,8 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
     A flag that is not given takes its value from <resume>/settings.json, else <model>/unlearn.json, else the field.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(kind), re.M))
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0], allow_abbrev=False,
+                                     epilog="What stands in MODEL/unlearn.json comes before these defaults.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(kind):
         value, flag = field.default, "--" + field.name.replace("_", "-")
@@ -790,8 +785,9 @@ def check(s, **more: tuple) -> None:
     expect(**each("lr teach_lr lrs attack_lrs benign_lrs p", lambda x: 0 < x < 1, "between 0 and 1"),
            **each("steps attack_epochs attack_batch benign_rows benign_points utility_n seeds klue_n eval_batch ms "
                   "save_every other_blocks other_neurons", lambda x: x > 0, "at least 1"),
-           **each("batch_size micro_batch attack_rank test_limit teach_epochs other_items", lambda x: x >= 0,
+           **each("batch_size micro_batch attack_rank test_limit teach_epochs", lambda x: x >= 0,
                   "0 or more"),
+           **each("other_items", lambda x: x == 0 or x > 1, "0, or at least 2 for an interval"),
            **each("bits", lambda x: 2 <= x <= 16, "numbers from 2 to 16"),
            **each("benign", lambda x: not x or Path(x).is_file(), "an Alpaca file, or '' for no benign attack"),
            **each("utility", lambda x: not x or Path(x).is_dir(), "a folder"),
@@ -819,8 +815,8 @@ class Settings:
     forget: str = "data/faithun.json"    # FaithUn file, or TOFU's forget01
     retain: str = ""                     # TOFU's retain99, where --forget is TOFU's
     splits: str = ""                     # folder of FaithUn's split files; empty: faithun_splits beside --forget
-    test_limit: int = 0                  # score RS on the first so many test items only; 0: all
-    seed: int = 0                        # of the utility samples
+    test_limit: int = 0                  # score RS on the first so many items of C_t only; 0: all, 300 of TOFU
+    seed: int = 0                        # of utility samples, distractors and sampled neurons
     utility: str = ""                    # folder of the utility tasks' files, for US; empty: no US
     utility_n: int = 500                 # sample so many items of each utility task
     before: str = ""                     # analyse a pair: the model before unlearning, ...
@@ -838,7 +834,7 @@ class Settings:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    pair = bool(s.before) == bool(s.after) >= bool(s.attacked or s.unseen)
+    pair = bool(s.before) == bool(s.after) and (s.after or not (s.attacked or s.unseen))
     check(s, after=(s.after, pair, "--before and --after too"),
           out=(s.out, not Path(s.out or ".").is_file() and (s.out or Path(s.after).is_dir()),
                f"a folder, or --after {s.after} to be one"))

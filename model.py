@@ -150,6 +150,10 @@ class LM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
     def hidden(self, ids: Tensor, positions: Tensor | None = None, cache: list | None = None,
                blocks: int | None = None) -> Tensor:
         """(B, K) -> (B, K, D), after the last norm, or after the first `blocks` blocks without it. `cache`: one
@@ -179,7 +183,7 @@ def vocabulary_logprob(model: LM, batch, h: Tensor | None = None) -> Tensor:  # 
     because (B, K, V) would be the largest tensor in memory.
     """
     h = model.hidden(batch.ids) if h is None else h                                     # (B, K, D)
-    logits = model.lm_head(h[:, :-1][batch.answer[:, 1:]])
+    logits = model.lm_head(h[:, :batch.ids.shape[1] - 1][batch.answer[:, 1:]])
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -193,7 +197,7 @@ def answer_logprob(model: LM, batch, h: Tensor | None = None) -> Tensor:  # -> (
 
 def prefill(model: LM, prompts: list[list[int]], room: int) -> tuple[Tensor, Tensor, list]:
     """(B, D) of each prompt's last token, (B,) lengths, and a cache with `room` places past the longest prompt."""
-    device, c = model.lm_head.weight.device, model.config
+    device, c = model.device, model.config
     length = torch.tensor([len(p) for p in prompts], device=device)
     width = int(length.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
@@ -302,8 +306,6 @@ def read_json(path: Path, default=None):
         return default
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
     except ValueError as e:
         raise ValueError(f"{path}: not JSON ({e})") from None
 

@@ -35,10 +35,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from attack import attacks, falsely_answered, finish, retrain
+from attack import attacks, falsely_answered, retrain
 from data import Example, batches, collate, encode, load_alpaca, load_tofu, load_utility, mcqa_prompt
-from evaluate import (FFN, accuracy, check, expect, influence, item_scores, margin, mismatched_tau, read_flags, run,
-                      splits_of, utility)
+from evaluate import (FFN, accuracy, check, expect, influence, item_scores, margin, markdown, mismatched_tau, read_flags,
+                      run, splits_of, utility)
 from model import LM, Tokenizer, answer_logprob, load, read_json, save, write, write_json, write_tensors
 
 Tensors = list[Tensor]
@@ -167,7 +167,7 @@ class Settings:
     lam: float = 1e-3                     # weight of the penalty (C.2 (7): 1e-3 FaithUn, 1e-4 TOFU)
     lr: float = 1e-5                      # eta; unpublished: the paper takes the lowest that still converges (6.1)
     steps: int = 100                      # T, at most; unpublished
-    tau: float = 0.0                      # stop when FS <= tau (6.1); 0: 0.33, for TOFU recomputed (C.1: 0.1971)
+    tau: float = 0.0                      # stop at FS <= tau, a fraction (6.1); 0: 0.33, TOFU: computed (C.1: 0.1971)
     batch_size: int = 0                   # b and b_r; unpublished; 0: all of C_f, where Alg. 1 l.12 and Eq. 3 agree
     micro_batch: int = 0                  # sequences in one graph, less memory for more time (not RMU); 0: all
     per_example: bool = False             # square A per (x, y) as Eq. 6, not its sum over b as Alg. 1 l.11
@@ -175,7 +175,7 @@ class Settings:
     target: str = "prob"                  # P: prob (Eq. 12), or logprob, which does not vanish with P
     scope: str = "all"                    # parameters under the penalty: all (Eq. 12), or linear: q k v o gate up down
     first_order: bool = False             # drop the Hessian of Eq. 14
-    measure: bool = False                 # log the penalty's gradient: its norm over L's, its angle to first order
+    measure: bool = False                 # log the penalty's gradient: its norm over L's, cosine with first order
     beta: float = 0.1                     # of DPO and NPO (C.2 (4): searched in 0.1 to 0.5)
     rmu_alpha: float = 100.0              # weight of RMU's retain term (C.2 (5): 20 to 300)
     rmu_c: float = 20.0                   # length of RMU's control vector (C.2 (5))
@@ -184,7 +184,7 @@ class Settings:
     klue_n: int = 5                       # mismatched questions per answer (C.2 (6))
     p: tuple = (0.1, 0.3)                 # fractions of its pool that the harmful attack retrains on (6.2.2)
     attack_lrs: tuple = (1e-5, 5e-6, 1e-6)  # learning rates of the harmful attack (6.2.2)
-    attack_epochs: int = 10               # unpublished
+    attack_epochs: int = 10               # of the harmful attack; unpublished
     attack_batch: int = 4                 # of both attacks; unpublished
     attack_seeds: int = 3                 # draws of the retrained rows (6.2.2: three runs); 0: no attack
     attack_rank: int = 0                  # attack through LoRA of this rank, not in the paper; 0: every weight
@@ -192,19 +192,19 @@ class Settings:
     benign_lrs: tuple = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2)
     benign_rows: int = 1000               # rows in its one pass (6.2.2)
     benign_points: int = 5                # scores along it; unpublished
-    bits: tuple = (8, 4)                  # of an attack that only rounds the weights, not in the paper
-    control: str = ""                     # checkpoints to attack on the same items: the original, one never taught
+    bits: tuple = (8, 4)                  # attack by rounding the weights to so many bits, not in the paper
+    control: str = ""                     # attack these on the same items, with commas: the original, one never taught
     utility: str = ""                     # folder of MMLU, GSM8K, HellaSwag, ARC, Winogrande or TOFU's; empty: no US
-    utility_n: int = 500                  # items of each (6.2.1)
+    utility_n: int = 500                  # items of each utility task (6.2.1)
     teach: str = ""                       # first fine-tune on this file, for a model that does not know it (C.1)
-    teach_lr: float = 1e-5                # C.1 (TOFU)
-    teach_epochs: int = 5                 # C.1 (TOFU)
+    teach_lr: float = 1e-5                # learning rate of --teach (C.1, TOFU)
+    teach_epochs: int = 5                 # epochs of --teach (C.1, TOFU)
     test_limit: int = 0                   # teach and score the first so many items of C_t only; 0: all, 300 of TOFU
-    lrs: tuple = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5)  # of several methods: each gets the lowest that converges (6.1)
-    betas: tuple = (0.1, 0.3, 0.5)        # of DPO and NPO there (C.2 (4))
-    rmu_alphas: tuple = (20.0, 50.0, 100.0, 150.0, 200.0, 300.0)  # of RMU there (C.2 (5))
-    seeds: int = 3                        # runs per method there, each with its own attack draw
-    seed: int = 0                         # of batches and attack draws
+    lrs: tuple = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5)  # several methods: each gets the lowest that converges (6.1)
+    betas: tuple = (0.1, 0.3, 0.5)        # several methods: grid of DPO and NPO (C.2 (4))
+    rmu_alphas: tuple = (20.0, 50.0, 100.0, 150.0, 200.0, 300.0)  # several methods: grid of RMU (C.2 (5))
+    seeds: int = 3                        # several methods: runs of each, every one with its own attack draw
+    seed: int = 0                         # of every random stream: batches, draws, masks, option orders in teaching
     device: str = "cpu"                   # cpu, cuda, cuda:1, ...
     dtype: str = "float32"                # of the arithmetic: float32, or bfloat16 (autocast); weights stay float32
     eval_batch: int = 64                  # sequences at a time when scoring
@@ -240,21 +240,22 @@ def rmu_layer(model: LM) -> int:
 def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> State:
     """The state before step 1. A resumed run begins again from the original weights, so `fixed` is never saved."""
     phi = trained(model, s.method)
-    for p in model.parameters():
-        p.requires_grad_(any(p is q for q in phi.values()))
+    model.requires_grad_(False)
+    for p in phi.values():
+        p.requires_grad_(True)
     optimizer = torch.optim.AdamW(phi.values(), lr=s.lr, weight_decay=0.0, fused=True)
-    rows, device, fixed = [encode(tokenizer, e.question, e.answers[0]) for e in C_f], model.lm_head.weight.device, {}
+    rows, device, fixed = [encode(tokenizer, e.question, e.answers[0]) for e in C_f], model.device, {}
     draw = torch.Generator().manual_seed(s.seed)
 
     @torch.no_grad()
     def reference(rows: list[Row]) -> Tensor:  # numbers, not a second model in memory
-        return torch.cat([answer_logprob(model, collate([row]).to(device)) for row in rows])
+        return torch.cat([answer_logprob(model, collate([row], device)) for row in rows])
 
     if s.backbone in ("dpo", "npo"):
-        fixed |= {"ref": reference(rows)}
+        fixed["ref"] = reference(rows)
     if s.backbone == "dpo":
-        fixed |= {"win": [encode(tokenizer, e.question, REFUSAL) for e in C_f]}
-        fixed |= {"ref_win": reference(fixed["win"])}
+        fixed["win"] = [encode(tokenizer, e.question, REFUSAL) for e in C_f]
+        fixed["ref_win"] = reference(fixed["win"])
     if s.method == "rmu":
         u = torch.rand(model.config.hidden_size, generator=draw).to(device)  # from 0 to 1, as published: not Gaussian
         fixed |= {"u": u / u.norm(), "frozen": [p.detach().clone() for p in phi.values()]}
@@ -262,7 +263,7 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
         sizes = [len(p) for p in phi.values()]
         mask = localise(model, tokenizer, C_f, s) if s.method == "klue" else (
             torch.rand(sum(sizes), generator=draw).argsort() < round(s.klue_share * sum(sizes))).to(device)
-        fixed |= {"mask": [m[:, None] for m in mask.split(sizes)]}
+        fixed["mask"] = [m[:, None] for m in mask.split(sizes)]
     return State(optimizer, fixed=fixed)
 
 
@@ -270,7 +271,7 @@ def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -
     """KLUE's neurons, in the order of `trained`: outputs of gate, up and down, ranked over all blocks at once."""
     def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # Eq. 1, max over tokens, App. A's clamp
         A = influence(model, [encode(tokenizer, *pair) for pair in pairs], FFN)["neuron"]
-        return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()]).to(model.lm_head.weight.device)
+        return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()]).to(model.device)
 
     draw = random.Random(f"klue {s.seed}")
     others = [[x.question for x in C_f if x.answers[0] != e.answers[0]] for e in C_f]
@@ -284,7 +285,7 @@ def backbone_loss(model: LM, logp: Tensor, part: list[int], fixed: dict, s: Sett
     if s.backbone == "npo":
         return npo_loss(logp, fixed["ref"][part], s.beta)
     if s.backbone == "dpo":
-        win = answer_logprob(model, collate([fixed["win"][i] for i in part]).to(logp.device))
+        win = answer_logprob(model, collate([fixed["win"][i] for i in part], logp.device))
         return dpo_loss(win, logp, fixed["ref_win"][part], fixed["ref"][part], s.beta)
     return ga_loss(logp)
 
@@ -294,7 +295,7 @@ def forget_step(model: LM, phi: Tensors, b: dict[int, Row], state: State, s: Set
     logps, losses = {}, {}  # by item, and by first item of a part: with several parts SSIUU computes each twice
 
     def graph(part: list[int]) -> tuple[Tensor, Tensors]:
-        logp = answer_logprob(model, collate([b[i] for i in part]).to(phi[0].device))
+        logp = answer_logprob(model, collate([b[i] for i in part], phi[0].device))
         L = backbone_loss(model, logp, part, state.fixed, s) * len(part) / len(b)                  # l.4
         P = logp.sum() if s.target == "logprob" else logp.exp().sum()
         losses[part[0]] = L.item()
@@ -315,11 +316,11 @@ def forget_step(model: LM, phi: Tensors, b: dict[int, Row], state: State, s: Set
 def rmu_step(model: LM, phi: Tensors, b: dict[int, Row], b_r: list[Row], fixed: dict, s: Settings) -> dict:
     """Adds the gradient of RMU's loss to .grad. The frozen model is this one with its old down_proj put back."""
     def states(rows: Iterable[Row]) -> Tensor:  # -> (real tokens, D)
-        batch = collate(list(rows)).to(phi[0].device)
+        batch = collate(list(rows), phi[0].device)
         return model.hidden(batch.ids, blocks=rmu_layer(model) + 1)[batch.real()]
 
     with torch.no_grad():
-        P = answer_logprob(model, collate(list(b.values())).to(phi[0].device)).exp().mean().item()
+        P = answer_logprob(model, collate(list(b.values()), phi[0].device)).exp().mean().item()
         new = [p.data for p in phi]
         for p, old in zip(phi, fixed["frozen"]):
             p.data = old
@@ -331,10 +332,6 @@ def rmu_step(model: LM, phi: Tensors, b: dict[int, Row], b_r: list[Row], fixed: 
     return {"L": L.item(), "P": P}
 
 
-def total(lists: Iterable[Tensors]) -> Tensors:
-    return [sum(same[1:], same[0]) for same in zip(*lists)]
-
-
 def penalised_backward(graph: Callable, parts: list[list[int]], phi: Tensors, A_prev: dict, s: Settings) -> dict:
     """Alg. 1 l.5-13 over micro-batches, graph(part) -> (its share of L, g); renews A_prev.
 
@@ -344,17 +341,19 @@ def penalised_backward(graph: Callable, parts: list[list[int]], phi: Tensors, A_
     groups, A = {part[0]: [part] for part in parts} if s.per_example else {0: parts}, {}
     held = graph(parts[0]) if len(parts) == 1 else None               # the only graph serves both passes
     for key, group in groups.items() if not held else ():
-        for part in group:
-            A_part = phi_g(phi, graph(part)[1])                                                    # l.5
-            A[key] = total([A[key], A_part]) if key in A else list(A_part)
+        A[key] = [torch.zeros_like(p) for p in phi]
+        for part in group:  # phi_g stands first: zip then runs it out, and the part's graph goes with it
+            for a, a_sum in zip(phi_g(phi, graph(part)[1]), A[key]):                               # l.5
+                a_sum.add_(a)
     extra = measured(*held, A_prev[0], phi, s.lam or 1.0) if s.measure and 0 in A_prev else {}
-    I_neg, L_ssiuu = negative(total(A.values()) if A else phi_g(phi, held[1])), 0.0                # l.10
+    I_neg, L_ssiuu = negative(map(sum, zip(*A.values())) if A else phi_g(phi, held[1])), 0.0       # l.10
     for key, group in groups.items():
         v = None                                                                                   # l.7, l.8
         if key in A_prev:
             v, L_key = penalty(A.get(key) or phi_g(phi, held[1]), A_prev[key], I_neg, phi, s)      # l.11
             L_ssiuu += L_key
         for part in group:
+            g = None  # the part before lets go of a buffer like phi
             L, g = held or graph(part)
             L.backward() if v is None else ssiuu_backward(L, g, v, phi, s.first_order)             # l.13
         if s.anchor == "previous" or key not in A_prev:                                            # l.12
@@ -395,7 +394,7 @@ def retain_step(model: LM, b_r: list[Row], s: Settings) -> float:
     """Adds the gradient of GD's retention loss on the retain batch b' to .grad (Alg. 1 l.4); returns the loss."""
     loss, size = 0.0, s.micro_batch or len(b_r)
     for part in (b_r[i:i + size] for i in range(0, len(b_r), size)):
-        L = retain_loss(answer_logprob(model, collate(part).to(model.lm_head.weight.device))) * len(part) / len(b_r)
+        L = retain_loss(answer_logprob(model, collate(part, model.device))) * len(part) / len(b_r)
         L.backward()
         loss += L.item()
     return loss
@@ -439,8 +438,8 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         state.optimizer.zero_grad()
         scores = item_scores(model, tokenizer, C_f, s.eval_batch)
         known = [x > s.tau for x in scores] if known else known
-        FS = 100 * sum(scores) / len(scores)
-        yield {"kind": "step", "t": state.t, **stats, "FS": round(FS, 2), "seconds": time.time() - start}
+        FS = round(100 * sum(scores) / len(scores), 2)  # as logged: a resumed run must stop where this one does
+        yield {"kind": "step", "t": state.t, **stats, "FS": FS, "seconds": time.time() - start}
         if FS <= 100 * s.tau:                                                                      # Section 6.1
             return
 
@@ -459,7 +458,7 @@ def save_state(path: Path, model: LM, state: State) -> None:
 
 
 def load_state(path: Path, model: LM, state: State) -> None:
-    device, weights, adam = model.lm_head.weight.device, dict(model.named_parameters()), {}
+    device, weights, adam = model.device, dict(model.named_parameters()), {}
     with safe_open(path, "pt", device=str(device)) as file:
         state.t = int(file.metadata()["t"])
         for name in file.keys():
@@ -512,7 +511,7 @@ def source(s: Settings, folder: Path) -> str:
 
 
 def scores(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings) -> dict:
-    logp, lead = margin(model, tokenizer, sets[0])
+    logp, lead = margin(model, tokenizer, sets[0], s.eval_batch)
     FS, RS = (accuracy(model, tokenizer, C, s.eval_batch) for C in (sets[0], sets[2]))
     retain = RS if s.retain else accuracy(model, tokenizer, sets[1], s.eval_batch)  # TOFU's C_t is part of its C_r
     return {"FS": FS, "RS": RS, "retain": retain, "forget_logp": logp, "forget_margin": lead}
@@ -527,12 +526,10 @@ def cell(x: dict | None) -> str:
 
 def table(rows: dict[str, dict]) -> str:
     """Table 1 in Markdown: percent, ± spread over draws or seeds, [95 % interval], n; a dash where nothing was run."""
-    attacks = list(dict.fromkeys(label for row in rows.values() for label in row.get("attacks", ())))
-    lines = [["Method", "FS ↓", "RS ↑", "US ↑", *(f"{label} ↓" for label in attacks)]]
-    lines += [["---"] * len(lines[0])]
-    lines += [[name, *(cell(row.get(key)) for key in ("FS", "RS", "US")),
-               *(cell(row.get("attacks", {}).get(label)) for label in attacks)] for name, row in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    attacks = dict.fromkeys(label for row in rows.values() for label in row.get("attacks", ()))
+    return markdown({name: {**{f"{key} {arrow}": cell(row.get(key)) for key, arrow in zip(("FS", "RS", "US"), "↓↑↑")},
+                            **{f"{label} ↓": cell(row.get("attacks", {}).get(label)) for label in attacks}}
+                     for name, row in rows.items()}, "Method")
 
 
 def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Path, log: list[dict], every: int) -> None:
@@ -541,7 +538,8 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     if (folder / "state.safetensors").is_file():
         load_state(folder / "state.safetensors", model, state)
     # Steps after the last saved state are run again, and what followed them is scored again.
-    log[:] = [r for r in log if r["kind"] == "before" or r["kind"] == "step" and r["t"] <= state.t]
+    log[:] = ([r for r in log if r["kind"] == "before"][-1:] +
+              [r for r in log if r["kind"] == "step" and r["t"] <= state.t])
     write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
     first = state.t
     reached = any(r["kind"] == "step" and r["FS"] <= 100 * s.tau for r in log)  # killed between last step and save
@@ -597,8 +595,10 @@ def experiment(s: Settings, folder: Path, before: dict | None = None, every: int
 
     extra = robustness(model, tokenizer, sets[0], s, folder, log)
     for row, where in ((before, path), (after, folder)) if s.utility else ():  # a table's first run passes US on
-        row["US"] = row.get("US") or utility(*load(where, device=s.device), load_utility(s.utility), s.utility_n,
-                                             size=max(1, s.eval_batch // 4))
+        if "US" not in row:
+            row["US"] = utility(*load(where, device=s.device), load_utility(s.utility), s.utility_n,
+                                size=max(1, s.eval_batch // 4))
+            note(folder, log, row)  # of two records of a kind a resumed run reads the last
         print(f"US of {where}: {cell(row['US'])}", flush=True)
     result = {"settings": asdict(s), "before": before, "after": after, **extra, **provenance(),
               "seconds": round(time.time() - start, 1)}
@@ -607,31 +607,29 @@ def experiment(s: Settings, folder: Path, before: dict | None = None, every: int
 
 
 def robustness(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings, folder: Path, log: list[dict]) -> dict:
-    """Section 6.2.2: every attack on the unlearned model, and on the controls the same ones with the same items."""
+    """Section 6.2.2: every attack on the unlearned model, and on the controls the same ones with the same items.
+
+    Each cell is printed and logged as it ends; one that the log has is not run again.
+    """
     if not s.attack_seeds:
         return {}
-    pool, names = falsely_answered(model, tokenizer, C_f, s.eval_batch), filter(None, s.control.split(","))
-    return {"attacks": attack(model, tokenizer, pool, s, folder, log),
-            "controls": {c: attack(*load(c, device=s.device), pool, s, folder, log, c) for c in names}}
+    pool, start, found = falsely_answered(model, tokenizer, C_f, s.eval_batch), time.time(), {}
+    for control in ("", *filter(None, s.control.split(","))):
+        if control:
+            model, tokenizer = load(control, device=s.device)
+        known = [r for r in log if r.get("control") == control]
 
+        def report(label: str, c: dict) -> None:
+            if c not in known:
+                note(folder, log, {"control": control, **c})
+            print(f"{label}{' on ' * bool(control)}{control}  draw {c['seed']}  lr {c['lr']:g}  FS max "
+                  f"{max(c['FS']):.1f} of n {c['n']}  margin {c['margin'][0]:.2f} -> {max(c['margin']):.2f}  "
+                  f"{time.time() - start:.0f}s", flush=True)
 
-def attack(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings, folder: Path, log: list[dict],
-           control: str = "") -> dict:
-    """{attack: its summary}; cells are logged as they finish, an impossible attack is a cell that says why."""
-    known, start, result = [r for r in log if r.get("control") == control], time.time(), {}
-
-    def report(c: dict) -> None:
-        if c not in known:
-            note(folder, log, {"control": control, **c})
-        print(f"{label}{' on ' * bool(control)}{control}  draw {c['seed']}  lr {c['lr']:g}  FS max "
-              f"{max(c['FS']):.1f} of n {c['n']}  margin {c['margin'][0]:.2f} -> {max(c['margin']):.2f}  "
-              f"{time.time() - start:.0f}s", flush=True)
-
-    for label, cells in attacks(model, tokenizer, pool, s, known):
-        result[label] = finish(cells, report)
-        if "why" in result[label]:
-            print(result[label]["why"], flush=True)
-    return result
+        found[control] = attacks(model, tokenizer, pool, s, report, known)
+        for why in dict.fromkeys(x["why"] for x in found[control].values() if "why" in x):
+            print(why, flush=True)
+    return {"attacks": found.pop(""), "controls": found}
 
 
 def mean_cell(cells: list[dict | None]) -> dict | None:
@@ -654,10 +652,10 @@ def compare(s: Settings, methods: list[str], folder: Path) -> dict[str, dict]:
     start, rows, path = time.time(), {}, source(s, folder)
     write_json(folder / "settings.json", asdict(s))
     s, lrs = replace(s, model=path, teach="", resume="", name=""), sorted(s.lrs)
-    grids = {"dpo": ("beta", s.betas), "npo": ("beta", s.betas), "rmu": ("rmu_alpha", s.rmu_alphas)}
+    betas = [{"beta": beta} for beta in s.betas]
+    grids = {"dpo": betas, "npo": betas, "rmu": [{"rmu_alpha": alpha} for alpha in s.rmu_alphas]}
     for method in methods:
-        key, grid = grids.get(method, ("", (None,)))
-        extra = [{key: value} if key else {} for value in grid]
+        extra = grids.get(method, [{}])
         low, high = 0, len(lrs) - 1
         while low < high:
             middle = (low + high) // 2
@@ -719,8 +717,8 @@ def provenance() -> dict:
 def peak_memory(device: str) -> Callable[[], float]:
     """Starts a count; the function it returns gives the peak since then in GB (resident memory on Linux, or CUDA's)."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        return lambda: torch.cuda.max_memory_allocated() / 1e9
+        torch.cuda.reset_peak_memory_stats(device)
+        return lambda: torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if not status.is_file():
         return lambda: math.nan
@@ -748,7 +746,7 @@ def bench(s: Settings) -> None:
         state.optimizer.step()
         state.optimizer.zero_grad()
         if s.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(s.device)
         seconds[i].append(time.time() - start)
         memory[i].append(peak())
         print(f"{i:6} {seconds[i][-1]:7.2f} s  {2 * n * K / seconds[i][-1]:7.0f} tokens/s  {memory[i][-1]:6.2f} GB",

@@ -155,4 +155,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    if any(argument.startswith("-") for argument in sys.argv[1:]):
+        sys.exit(__doc__)
     main(Path(sys.argv[1] if len(sys.argv) > 1 else HERE / "tiny"))

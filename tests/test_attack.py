@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import attack
-from attack import (benign_attack, falsely_answered, forgetting_score, harmful_attack, projections, quantisation_attack,
+from attack import (benign_attack, falsely_answered, harmful_attack, projections, quantisation_attack,
                     quantise, retrain, summary)
 from data import Example, collate, encode, load_alpaca, load_faithun, split
-from evaluate import wilson
+from evaluate import accuracy, wilson
 from model import answer_logprob, load
 
 ROOT = Path(__file__).parent.parent
@@ -156,10 +156,10 @@ def seen(monkeypatch):
 
     def scored_noted(model, tokenizer, examples, *args):
         calls["scored"].append(examples)
-        return forgetting_score(model, tokenizer, examples, *args)
+        return accuracy(model, tokenizer, examples, *args)
 
     monkeypatch.setattr(attack, "retrain", retrain_noted)
-    monkeypatch.setattr(attack, "forgetting_score", scored_noted)
+    monkeypatch.setattr(attack, "accuracy", scored_noted)
     return calls
 
 
@@ -169,7 +169,7 @@ def test_the_pool_is_what_is_answered_falsely_and_all_of_tofu(tiny):
     assert [e.question for e in pool] == [e.question for e in C_f[:4]]
     tofu = [Example(e.question, e.answers) for e in C_f[:3]]
     assert falsely_answered(model, tokenizer, tofu) == tofu
-    assert forgetting_score(model, tokenizer, pool) == 0 and forgetting_score(model, tokenizer, C_f[:4]) == 100
+    assert accuracy(model, tokenizer, pool)["percent"] == 0 and accuracy(model, tokenizer, C_f[:4])["percent"] == 100
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -243,9 +243,9 @@ def test_weights_come_back_after_an_error_and_an_early_end(tiny, rows, monkeypat
         calls.append(args)
         if len(calls) == 2:
             raise FloatingPointError("stop")
-        return 0.0
+        return {"percent": 0.0}
 
-    monkeypatch.setattr(attack, "forgetting_score", fails_late)
+    monkeypatch.setattr(attack, "accuracy", fails_late)
     for rank in (0, 2):
         calls.clear()
         with pytest.raises(FloatingPointError):
@@ -305,7 +305,7 @@ def test_summary_takes_the_maximum_then_the_mean_over_draws():
     out = summary([cell(0, 1, [0, 10, 5]), cell(0, 2, [0, 20, 5]), cell(1, 1, [0, 40, 0]), cell(1, 2, [0, 5, 0])])
     assert out["percent"] == 30 and out["sd"] == 10 and out["lr_of_max"] == [2, 1] and out["n"] == 20
     assert (out["logp_before"], out["logp_max"], out["margin_before"], out["margin_max"]) == (-3, -2, -1, 0)
-    assert (out["low"], out["high"]) == wilson(30, 20)
+    assert {key: out[key] for key in ("percent", "n", "low", "high")} == wilson(30, 20)
 
 
 # --------------------------------------------------------------------------------------------------- command

@@ -58,6 +58,8 @@ def test_the_main_command_writes_the_papers_row(finished):
     assert "| ssiuu | " in printed and "step 1/60  L " in printed
     kinds = [json.loads(line)["kind"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert kinds[0] == "before" and kinds[1] == "step" and "after" in kinds
+    log = {r["kind"]: r for r in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
+    assert log["before"] == result["before"] and log["after"] == result["after"]  # US too: a resumed run reads it there
     assert json.loads((run / "settings.json").read_text())["lr"] == 5e-4
 
 
@@ -153,10 +155,11 @@ def test_a_kill_after_the_threshold_takes_no_further_step(finished, tmp_path):
     for name in ("runs", "few"):
         shutil.copytree(finished[0] / name, tmp_path / name)
     run, log = tmp_path / "runs/ssiuu-tiny", tmp_path / "runs/ssiuu-tiny/log.jsonl"
-    steps = [line for line in log.read_text().splitlines() if json.loads(line)["kind"] in ("before", "step")]
-    log.write_text("\n".join(steps) + "\n")
+    before, *rest = log.read_text().splitlines()
+    steps = [line for line in rest if json.loads(line)["kind"] == "step"]
+    log.write_text("\n".join([before, *steps]) + "\n")
     out = resume(tmp_path, "ssiuu-tiny", "--attack-seeds", "0")
-    assert out.returncode == 0 and log.read_text().count('"kind": "step"') == len(steps) - 1, out.stderr
+    assert out.returncode == 0 and log.read_text().count('"kind": "step"') == len(steps), out.stderr
     a, b = (load_file(folder / "model.safetensors") for folder in (run, finished[0] / "runs/ssiuu-tiny"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -219,6 +222,7 @@ def inside(monkeypatch, script, *flags):
     ("evaluate.py", ["--before", "TINY", "--after", str(ROOT / "tests/golden/llama")], ["tests/golden/llama"]),
     ("evaluate.py", [*PAIR, "--ms", "5000"], ["--ms"]),
     ("evaluate.py", [*PAIR, "--other-blocks", "0"], ["--other-blocks"]),
+    ("evaluate.py", [*PAIR, "--other-items", "1"], ["--other-items"]),
     ("evaluate.py", [*PAIR, "--unseen", "file"], ["file: found 0 items"]),
     ("evaluate.py", ["--runs", "nowhere"], ["nowhere/result.json"]),
     ("evaluate.py", ["--runs", str(ROOT / "data/results/all-tiny")], ["data/results/all-tiny/result.json"]),

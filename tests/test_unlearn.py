@@ -1,4 +1,5 @@
 """Algorithm 1 as it runs, on the shipped tiny model: against literal double backward, and against itself resumed."""
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import torch
 
 from data import collate, encode, load_faithun
 from model import answer_logprob, load
-from ssiuu import Settings, State, forget_step, load_state, retain_step, save_state, scope_of, unlearn
+import ssiuu
+from ssiuu import (Settings, State, forget_step, load_state, penalised_backward, retain_step, save_state, scope_of,
+                   unlearn)
 
 ROOT = Path(__file__).parent.parent
 S = Settings(lam=0.5, lr=1e-4, steps=3, tau=0.0)
@@ -54,6 +57,33 @@ def test_a_step_is_the_literal_gradient_whatever_the_micro_batch(micro):
     for a, b in zip(ours, oracle):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
     assert stats["L_SSIUU"] > 0 and 0 < stats["I_neg"] < 1
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_of_several_micro_batches_one_graph_lives_at_a_time(per_example):
+    model, _, _, rows = model_and_rows(3)
+    phi, parts, alive = list(model.parameters()), [], []
+
+    def graph(part):
+        assert not any(g() is not None for g in alive)
+        parts.append(part)
+        logp = answer_logprob(model, collate([rows[i] for i in part]))
+        g = torch.autograd.grad(logp.exp().sum(), phi, create_graph=True)
+        alive[:] = map(weakref.ref, g)
+        return logp.mean(), list(g)
+
+    A_prev = previous(model, range(3) if per_example else (0,))
+    penalised_backward(graph, [[0], [1], [2]], phi, A_prev, replace(S, per_example=per_example))
+    assert parts == [[0], [1], [2]] * 2
+
+
+def test_the_run_stops_by_the_score_it_logs(monkeypatch):
+    """1/3 is logged as 33.33: with tau = 0.3333 a run that went by the unrounded score would not stop."""
+    model, tokenizer, examples, _ = model_and_rows(3)
+    monkeypatch.setattr(ssiuu, "item_scores", lambda *args: [True, False, False])
+    s = replace(S, method="gd", tau=0.3333)
+    log = list(unlearn(model, tokenizer, examples, examples, s, state_for(model)))
+    assert [r["FS"] for r in log] == [33.33]
 
 
 def test_per_example_is_the_literal_gradient_of_eq6():

@@ -79,7 +79,7 @@ def test_mean_score_is_the_textbook_interval():
     assert mean_score(values) == {"percent": 50.0, "n": 4, "low": round(100 * (0.5 - half), 2),
                                   "high": round(100 * (0.5 + half), 2)}
     assert mean_score([0.1, 0.9])["low"] == 0.0 and mean_score([0.1, 0.9])["high"] == 100.0
-    assert math.isnan(mean_score([])["percent"]) and mean_score([0.5])["n"] == 1
+    assert mean_score([0.5])["n"] == 1 and mean_score([1.0] * 9)["low"] < 100  # equal values are no certainty
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -226,7 +226,7 @@ def test_the_choice_reads_raw_text_after_the_start_token(monkeypatch):
     tokenizer.tokens.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[start])
     seen = []
     # Per byte the right one leads, -1 to -1.5; per character it would be behind, -2 to -1.5.
-    monkeypatch.setattr(evaluate, "option_scores", lambda *args: (seen.append(args[1:]), [[-4.0, -4.5]])[1])
+    monkeypatch.setattr(evaluate, "option_scores", lambda *args: (seen.append(args[1:3]), [[-4.0, -4.5]])[1])
     assert chosen(model, tokenizer, [Example("A man", [" üü"], [" abc"])], 1) == [True]
     assert seen == [([[tokenizer.end_id, *tokenizer.encode("A man")]],
                      [[tokenizer.encode(" üü"), tokenizer.encode(" abc")]])]
