@@ -709,21 +709,21 @@ def figures(r: dict, folder: Path) -> None:
 
 
 def figure_7(r: dict, folder: Path) -> None:
-    """(a) lambda against retention and recovery; (b, c) the learning rates, a panel an attack. FS is a percentage."""
+    """(a) lambda against retention and recovery; (b, c) the learning rates, where an attack has several."""
     rows = sorted(r["rows"].items(), key=lambda item: item[1]["lam"] or 0)
     swept = [row for _, row in rows if row["lam"] and not row["first_order"]]
     styles = [f"k{marker}{line}" for marker, line in zip("osv^Dx*+" * 3, ("-", "--", ":") * 8)]  # 24, all different
     style = dict(zip(r["rows"], itertools.cycle(styles)))
     keys = ["retain", "RS", *dict.fromkeys(k for row in swept for k in row if k.startswith("Harmful"))]
     rates = {label: {Path(name).name: ([float(lr) for lr in x], [statistics.fmean(v) for v in x.values()], style[name])
-                     for name, row in rows for x in [row.get("by_rate", {}).get(label)] if x}
+                     for name, row in rows for x in [row.get("by_rate", {}).get(label, {})] if len(x) > 1}
              for label in dict.fromkeys(label for _, row in rows for label in row.get("by_rate", {}))}
     plot(folder / "figure7.png", f"Figure 7: n = {rows[0][1]['n']}, maxima over points, means over draws", (
         {"xscale": "log", "xlabel": "lambda", "ylabel": "%", "ylim": (0, 101)},
         {key: ([row["lam"] for row in swept], [row.get(key) for row in swept], look)
          for key, look in zip(keys, itertools.cycle(styles))}),
         *(({"xscale": "log", "xlabel": f"learning rate, {label}", "ylabel": "max FS, %"}, curves)
-          for label, curves in rates.items()))
+          for label, curves in rates.items() if curves))
 
 
 def report(result: dict, path: Path, said: str, pictures: Callable[[dict, Path], None]) -> None:

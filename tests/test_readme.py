@@ -57,7 +57,7 @@ def test_sizes_that_were_promised():
 
 
 def test_the_findings_are_the_committed_analyses():
-    """The rows of the findings' table that compare GD, NPO and SSIUU, from each run's analysis.json."""
+    """The numbers of the findings' table, from each run's analysis.json and from the sweeps' runs.json."""
     def triple(x):
         return "{:.2g} [{:.2g}, {:.2g}]".format(*x)
 
@@ -67,6 +67,10 @@ def test_the_findings_are_the_committed_analyses():
     def each(text):
         return ", ".join(f"{name} {text(a)}" for name, a in zip(("GD", "NPO", "SSIUU"), found))
 
+    def silenced(i, m):
+        x = next(x for x in found[i]["causal"] if x["m"] == m)
+        return f"{found[i]['checkpoints']['after']['margin']:.2f} to {x['margin']:.2f} ({x['random_margin']:.2f})"
+
     table = {line.split("|")[1].strip(): line.split("|")[2:4] for line in README.split("\n") if line.count("|") == 4}
     for column, folder in enumerate(("all-tiny", "all-smollm2")):
         found = [json.loads(next((ROOT / "data/results" / folder).glob(f"{method} *seed=0/analysis.json")).read_text())
@@ -74,9 +78,10 @@ def test_the_findings_are_the_committed_analyses():
         for claim, numbers in {
                 "Unlearning hides": [each(lambda a: f"{triple(a['variation']['neuron']['D_neg'])} and "
                                           f"{triple(a['variation']['neuron']['D_pos'])}")],
-                "The model, or Eq. 1?": [] if column else [  # on SmolLM2 for GD only
-                    f"{name}: " + ", ".join(f"{a['attributions']['D'][kind]['share'][0]:.2f}" for a in found) for name, kind
+                "Do other attributions agree?": [
+                    f"{name}: " + each(lambda a, kind=kind: triple(a["attributions"]["D"][kind]["share"])) for name, kind
                     in (("Eq. 1", "Eq. 1"), ("ablation", "ablation"), ("integrated gradients", "integrated"))],
+                "Spurious neurons": [silenced(*which) for which in ((2, 300), (0, 30), (1, 30)) if column],
                 "GD over-unlearns": [each(lambda a: score(a["checkpoints"]["after"]["lens"][-1]))],
                 "SSIUU's attribution": [each(lambda a: triple(a["correlation"]["after attacked"]["min"]))],
                 "Does it move?": [each(lambda a: "{:.2g} and {:.2g}".format(
@@ -84,3 +89,10 @@ def test_the_findings_are_the_committed_analyses():
                 "Membership": [each(lambda a: score(a["checkpoints"]["after"]["membership"]["loss"]))]}.items():
             cell = next(columns[column] for row, columns in table.items() if row.startswith(claim))
             assert all(n in cell for n in numbers), (folder, numbers, cell)
+    for column, (folder, names) in enumerate((("lam-tiny", ("gd-5e-05", "lam-0.001", "lam-0.01", "lam-0.1", "lam-1")),
+                                              ("lam-smollm2", ("gd", "lam-0.0001", "lam-0.001", "lam-0.01")))):
+        rows = {Path(k).name: row for k, row in json.loads((ROOT / f"data/results/{folder}/runs.json").read_text())["rows"].items()}
+        cell = next(columns[column] for row, columns in table.items() if row.startswith("... and so the recovery"))
+        assert ", ".join(f"{rows[name]['Harmful p = 0.3']:.1f}" for name in names) in cell
+        cell = next(columns[column] for row, columns in table.items() if row.startswith("The Hessian"))
+        assert f"{rows['first-order' if column == 0 else 'lam-0.01']['first_order_cos']:.2f}" in cell
