@@ -18,19 +18,45 @@ QUICK = ["--attack-seeds", "1", "--attack-epochs", "1", "--attack-lrs", "1e-4", 
          "--benign-rows", "8", "--benign-lrs", "1e-4", "--benign-points", "2"]
 
 
-def command(folder, script, *flags):
-    """Runs a command in `folder`, so that runs/ appears there, on few facts: 8 to forget, 12 to retain, 8 to test."""
+def arguments(folder, script, *flags):
+    """Few facts in `folder`, 6 to forget, 8 to retain, 4 to test, and the flags to work on them."""
     (folder / "few").mkdir(exist_ok=True)
-    for name, part in (("forget", range(8)), ("retaining", range(8, 20)), ("test", range(20, 28))):
+    for name, part in (("forget", range(6)), ("retaining", range(6, 14)), ("test", range(14, 18))):
         (folder / f"few/{name}_set_split.txt").write_text("\n".join(map(str, part)))
     paths = ["--model", str(ROOT / "data/tiny"), "--forget", str(ROOT / "data/faithun.json"), "--splits", "few"]
-    paths += ["--benign", str(ROOT / "data/instructions.json")] if script != "evaluate.py" else []
-    return subprocess.run([sys.executable, str(ROOT / script), *paths, *flags], cwd=folder, capture_output=True, text=True)
+    return [*paths, *(["--benign", str(ROOT / "data/instructions.json")] if script != "evaluate.py" else []), *flags]
+
+
+def command(folder, script, *flags):
+    """Runs a command in `folder`, so that runs/ appears there."""
+    return subprocess.run([sys.executable, str(ROOT / script), *arguments(folder, script, *flags)], cwd=folder,
+                          capture_output=True, text=True)
+
+
+def inside(monkeypatch, folder, script, *flags):
+    """The same in this process, which saves the start of an interpreter: what it exits with, 0 where it just ends."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [script, *arguments(folder, script, *flags)])
+    try:
+        run(__import__(script.removesuffix(".py")).main)
+    except SystemExit as e:
+        return e.code
+    return 0
 
 
 def resume(folder, name, *flags):
     return subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", f"runs/{name}", *flags], cwd=folder,
                           capture_output=True, text=True)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """In this process and in those it starts: sums in another order are other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +77,7 @@ def test_the_main_command_writes_the_papers_row(finished):
     result = json.loads((run / "result.json").read_text())
     assert result["after"]["FS"]["percent"] <= 50 < result["before"]["FS"]["percent"] and result["after"]["reached"]
     assert list(result["attacks"]) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign", "int8", "int4"]
-    assert result["after"]["RS"]["n"] == 8 and result["before"]["US"]["n"] == result["after"]["US"]["n"] == 3
+    assert result["after"]["RS"]["n"] == 4 and result["before"]["US"]["n"] == result["after"]["US"]["n"] == 3
     control = result["controls"][str(ROOT / "data/tiny")]
     assert list(control) == list(result["attacks"]) and control["Benign"]["n"] == result["attacks"]["Benign"]["n"]
     assert control["int8"]["percent"] == 100  # it still knows the facts
@@ -63,16 +89,18 @@ def test_the_main_command_writes_the_papers_row(finished):
     assert json.loads((run / "settings.json").read_text())["lr"] == 5e-4
 
 
-def test_the_checkpoint_can_be_scored_and_attacked_alone(finished):
+def test_the_checkpoint_can_be_scored_and_attacked_alone(finished, monkeypatch, capsys):
     folder, _ = finished
     run = folder / "runs/ssiuu-tiny"
-    out = command(folder, "evaluate.py", "--model", str(run))
+    assert inside(monkeypatch, folder, "evaluate.py", "--model", str(run)) == 0
+    scored = json.loads(capsys.readouterr().out)
     after = json.loads((run / "result.json").read_text())["after"]
-    assert json.loads(out.stdout)["FS"] == after["FS"] and json.loads(out.stdout)["RS"] == after["RS"]
-    out = command(folder, "attack.py", "--model", str(run), "--p", "0.3", "--attack-lrs", "1e-4", "--attack-seeds", "1",
+    assert scored["FS"] == after["FS"] and scored["RS"] == after["RS"]
+    code = inside(monkeypatch, folder, "attack.py", "--model", str(run), "--p", "0.3", "--attack-lrs", "1e-4", "--attack-seeds", "1",
                   "--attack-epochs", "1", "--benign", "", "--bits", "4", "--control", str(ROOT / "data/tiny"))
+    assert code == 0
     wrong = round(after["FS"]["n"] * (1 - after["FS"]["percent"] / 100))
-    summaries = [r for r in map(json.loads, out.stdout.splitlines()) if r["kind"] == "summary"]
+    summaries = [r for r in map(json.loads, capsys.readouterr().out.splitlines()) if r["kind"] == "summary"]
     assert [(r["model"], r["attack"]) for r in summaries] == [
         (name, kind) for name in (str(run), str(ROOT / "data/tiny")) for kind in ("Harmful p = 0.3", "int4")]
     assert [r["n"] for r in summaries[:2]] == [r["n"] for r in summaries[2:]] == [summaries[0]["n"], wrong]
@@ -99,12 +127,11 @@ def test_tofu_end_to_end(tmp_path):
     assert (tmp_path / "runs/gd-tiny/taught/model.safetensors").is_file() and "teach 1/1  24 rows" in out.stdout
 
 
-def test_the_table_of_several_methods_is_the_same_after_two_kills(tmp_path):
+def test_the_table_of_several_methods_is_the_same_after_two_kills(tmp_path, monkeypatch, one_thread):
     """One while it searches a rate, one while it attacks; what was finished before is not run again."""
-    out = command(tmp_path, "ssiuu.py", *QUICK, "--method", "ga,npo", "--lrs", "1e-5", "5e-4", "1e-3", "--betas", "0.1",
-                  "0.5", "--seeds", "1", "--steps", "15", "--p", "0.3", "--bits", "8", "--benign", "", "--attack-lrs", "1e-3",
-                  "--name", "whole")
-    assert out.returncode == 0, out.stderr
+    flags = [*QUICK, "--method", "ga,npo", "--lrs", "1e-5", "5e-4", "1e-3", "--betas", "0.1", "0.5", "--seeds", "1", "--steps",
+             "15", "--p", "0.3", "--bits", "8", "--benign", "", "--attack-lrs", "1e-3"]
+    assert inside(monkeypatch, tmp_path, "ssiuu.py", *flags, "--name", "whole") == 0
     whole, part = tmp_path / "runs/whole", tmp_path / "runs/part"
     rows, table = json.loads((whole / "result.json").read_text())["rows"], (whole / "table.md").read_text()
     assert list(rows) == ["Default", "ga", "npo"] and table.splitlines()[3].startswith("| ga | ")
@@ -137,11 +164,10 @@ def test_the_table_of_several_methods_is_the_same_after_two_kills(tmp_path):
         assert a["attacks"] == b["attacks"] and a["after"]["forget_margin"] == b["after"]["forget_margin"]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, one_thread):
     flags = [*QUICK, "--attack-seeds", "0", "--tau", "0", "--save-every", "2", "--lr", "1e-4"]
-    whole = command(tmp_path, "ssiuu.py", *flags, "--steps", "4", "--name", "whole")
-    assert whole.returncode == 0, whole.stderr
-    assert command(tmp_path, "ssiuu.py", *flags, "--steps", "2", "--name", "cut").returncode == 0
+    assert inside(monkeypatch, tmp_path, "ssiuu.py", *flags, "--steps", "4", "--name", "whole") == 0
+    assert inside(monkeypatch, tmp_path, "ssiuu.py", *flags, "--steps", "2", "--name", "cut") == 0
     with open(tmp_path / "runs/cut/log.jsonl", "a") as log:
         log.write('{"kind": "st')  # what a kill leaves
     resumed = resume(tmp_path, "cut", "--steps", "4")
@@ -164,34 +190,23 @@ def test_a_kill_after_the_threshold_takes_no_further_step(finished, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_resumed_run_keeps_its_settings(finished, tmp_path):
-    for name in ("runs", "few"):
-        shutil.copytree(finished[0] / name, tmp_path / name)
-    out = resume(tmp_path, "ssiuu-tiny", "--attack-epochs", "9")
-    assert out.returncode == 1 and "--attack-epochs: found 9, expected 1" in out.stderr
+def test_a_resumed_run_keeps_its_settings(finished, monkeypatch):
+    code = inside(monkeypatch, finished[0], "ssiuu.py", "--resume", "runs/ssiuu-tiny", "--attack-epochs", "9")
+    assert "--attack-epochs: found 9, expected 1" in code
 
 
-def test_bfloat16_follows_float32(tmp_path):
+def test_bfloat16_follows_float32(tmp_path, monkeypatch):
     """Autocast's weight cache would freeze the forward pass at step 1: P would stay where it was."""
     P = {}
     for dtype in ("float32", "bfloat16"):
-        out = command(tmp_path, "ssiuu.py", *QUICK, "--attack-seeds", "0", "--steps", "2", "--lr", "2e-4", "--tau", "0",
-                      "--dtype", dtype, "--name", dtype)
-        assert out.returncode == 0, out.stderr
+        assert inside(monkeypatch, tmp_path, "ssiuu.py", *QUICK, "--attack-seeds", "0", "--steps", "2", "--lr", "2e-4",
+                      "--tau", "0", "--dtype", dtype, "--name", dtype) == 0
         log = [json.loads(line) for line in (tmp_path / f"runs/{dtype}/log.jsonl").read_text().splitlines()]
         P[dtype] = [r["P"] for r in log if r["kind"] == "step"]
     assert P["bfloat16"] == pytest.approx(P["float32"], abs=4e-3) and P["float32"][0] - P["float32"][1] > 0.02
 
 
 PAIR = ["--before", "TINY", "--after", "TINY"]
-
-
-def inside(monkeypatch, script, *flags):
-    """The command in this process, which saves the start of an interpreter; SystemExit is its end."""
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    with pytest.raises(SystemExit) as e:
-        run(__import__(script.removesuffix(".py")).main)
-    return e.value.code
 
 
 @pytest.mark.parametrize("script, flags, words", [
@@ -229,11 +244,8 @@ def inside(monkeypatch, script, *flags):
     ("attack.py", ["--p", "0"], ["--p"]),
 ])
 def test_bad_input_ends_in_one_line_and_a_status(tmp_path, monkeypatch, capsys, script, flags, words):
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("{}")
-    tiny, benign = str(ROOT / "data/tiny"), ["--benign", str(ROOT / "data/instructions.json")]
-    code = inside(monkeypatch, script, "--model", tiny, "--forget", str(ROOT / "data/faithun.json"),
-                  *(benign if script != "evaluate.py" else []), *(tiny if f == "TINY" else f for f in flags))
+    (tmp_path / "file").write_text("{}")
+    code = inside(monkeypatch, tmp_path, script, *(str(ROOT / "data/tiny") if f == "TINY" else f for f in flags))
     last = code if isinstance(code, str) else capsys.readouterr().err.strip().splitlines()[-1]
     assert code != 0 and "\n" not in last and all(word in last for word in words), last
     assert not list(tmp_path.rglob("result.json")) and not list(tmp_path.rglob("analysis.json"))
@@ -246,7 +258,7 @@ def test_a_loss_that_is_not_finite_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["ssiuu.py", "evaluate.py", "attack.py"])
-def test_help_names_every_flag(monkeypatch, capsys, script):
-    assert inside(monkeypatch, script, "--help") == 0
+def test_help_names_every_flag(tmp_path, monkeypatch, capsys, script):
+    assert inside(monkeypatch, tmp_path, script, "--help") == 0
     out = capsys.readouterr().out
     assert "--forget" in out and "None" not in out
