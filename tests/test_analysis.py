@@ -8,13 +8,14 @@ import json
 import math
 import random
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import attack
+import evaluate
 from attack import harmful_attack
 from data import collate, encode, load_faithun, split
 from evaluate import (MODULES, agreement, answered, auc, by_module, by_rank, causal_test, correlation, decades, distractors,
@@ -240,7 +241,8 @@ def test_agreement_of_three_attributions_by_hand():
     assert r["spearman"] == {"before: Eq. 1, ablation": pytest.approx(-1), "after: Eq. 1, ablation": pytest.approx(1)}
 
 
-def test_the_saved_model_is_the_attacked_one(tmp_path):
+def test_the_saved_model_is_the_attacked_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     subject, tokenizer = load(ROOT / "data/tiny")
     for p in subject.parameters():  # a model that fails some items
         p.data *= 0.8
@@ -248,11 +250,10 @@ def test_the_saved_model_is_the_attacked_one(tmp_path):
     for name, part in (("forget", range(12)), ("retaining", range(12, 14)), ("test", range(14, 16))):
         (tmp_path / f"{name}_set_split.txt").write_text(" ".join(map(str, part)))
     few = load_faithun(ROOT / "data/faithun.json")[:12]
-    run = subprocess.run([sys.executable, "attack.py", "--model", str(tmp_path / "after"), "--save", str(tmp_path / "attacked"),
-                          "--splits", str(tmp_path),
-                          "--attack-lrs", "1e-3", "1e-4", "--attack-epochs", "2", "--p", "0.3", "0.1"],
-                         cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(sys, "argv", ["attack.py", "--model", str(tmp_path / "after"), "--save", str(tmp_path / "attacked"),
+                                      "--splits", str(tmp_path), "--attack-lrs", "1e-3", "1e-4", "--attack-epochs", "2",
+                                      "--p", "0.3", "0.1"])
+    attack.main()
     attacked = load(tmp_path / "attacked")[0]
     pool = [e for e, hit in zip(few, answered(subject, tokenizer, few)) if not hit]
     cell = next(harmful_attack(subject, tokenizer, pool, 0.3, (1e-3,), seeds=1, epochs=2))
@@ -263,10 +264,11 @@ def test_the_saved_model_is_the_attacked_one(tmp_path):
     assert margin(attacked, tokenizer, rest) == pytest.approx((cell["logp"][-1], cell["margin"][-1]), abs=1e-4)
     assert cell["logp"][-1] != pytest.approx(cell["logp"][0], abs=1e-2)
 
-    command = [sys.executable, "evaluate.py", "--before", "data/tiny", "--after", str(tmp_path / "after"), "--attacked",
-               str(tmp_path / "attacked"), "--splits", str(tmp_path), "--ms", "10", "--other-items", "2", "--other-blocks", "2", "--other-neurons", "2"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and "share of D-" in run.stdout, run.stderr
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--before", "data/tiny", "--after", str(tmp_path / "after"), "--attacked",
+                                      str(tmp_path / "attacked"), "--splits", str(tmp_path), "--ms", "10", "--other-items",
+                                      "2", "--other-blocks", "2", "--other-neurons", "2"])
+    evaluate.main()
+    assert "share of D-" in capsys.readouterr().out
     r = json.loads((tmp_path / "after/analysis.json").read_text())
     assert r["n"] == 12 and list(r["checkpoints"]) == ["before", "after", "attacked"] and len(r["causal"]) == 1
     assert r["checkpoints"]["before"]["lens"][-1]["percent"] == 100 and r["attributions"]["neurons"] == 28
