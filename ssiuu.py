@@ -595,9 +595,9 @@ def experiment(s: Settings, folder: Path, before: dict | None = None, every: int
 
     extra = robustness(model, tokenizer, sets[0], s, folder, log)
     for row, where in ((before, path), (after, folder)) if s.utility else ():  # a table's first run passes US on
-        if "US" not in row:
-            row["US"] = utility(*load(where, device=s.device), load_utility(s.utility), s.utility_n,
-                                size=max(1, s.eval_batch // 4))
+        if row.get("utility_n") != s.utility_n:
+            row |= {"utility_n": s.utility_n, "US": utility(*load(where, device=s.device), load_utility(s.utility),
+                                                            s.utility_n, size=max(1, s.eval_batch // 4))}
             note(folder, log, row)  # of two records of a kind a resumed run reads the last
         print(f"US of {where}: {cell(row['US'])}", flush=True)
     result = {"settings": asdict(s), "before": before, "after": after, **extra, **provenance(),
