@@ -9,8 +9,10 @@ Dimensions: B sequences, K tokens (as in Eq. 1), V vocabulary, D hidden size,
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import jinja2
 import jinja2.sandbox
@@ -298,6 +300,53 @@ def refuse_template(message: str) -> None:
 
 
 # ---------------------------------------------------------------------------------- reading and writing
+
+Count = Annotated[int, ("a whole number from 1 to 2147483647", lambda x: 0 < x < 2 ** 31)]
+Natural = Annotated[int, ("a whole number from 0 to 2147483647", lambda x: 0 <= x < 2 ** 31)]
+Positive = Annotated[float, ("a number above 0", lambda x: x > 0)]
+NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object",
+         list: "a list", NoneType: "null"}
+
+
+def wanted(value, kind) -> str:
+    """"" where `value` is of the type `kind`, else in words what was expected. Annotated[type, (words, test)]
+    carries a range; a tuple[type, ...] takes a list too; int and float take no bool, float takes a finite int."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        words, test = args[1]
+        return "" if not wanted(value, args[0]) and test(value) else words
+    if origin is Literal:
+        return "" if isinstance(value, str) and value in args else " or ".join(args)
+    if origin in (Union, UnionType):
+        missed = [wanted(value, each) for each in args]
+        return " or ".join(missed) if all(missed) else ""
+    if origin is tuple:
+        ok = isinstance(value, (list, tuple)) and value and not any(wanted(x, args[0]) for x in value)
+        return "" if ok else f"a list, each {wanted(object(), args[0])}"
+    if kind is float:
+        ok = type(value) in (int, float) and -math.inf < value < math.inf  # false for NaN, no overflow of a huge int
+    else:
+        ok = type(value) is kind
+    return "" if ok else NAMES[kind]
+
+
+def fill(kind: type, values: dict, where: str | Path, ignore: bool = False):
+    """`kind(**values)` for a dataclass, each value checked against its field's type; `ignore`: skips keys it lacks.
+
+    ValueError in one line that names `where`, the key, what was found and what was expected.
+    """
+    types = get_type_hints(kind, include_extras=True)
+    unknown = [key for key in values if key not in types]
+    if unknown and not ignore:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}, expected any of {', '.join(types)}")
+    values = {key: value for key, value in values.items() if key in types}
+    for key, value in values.items():
+        if expected := wanted(value, types[key]):
+            raise ValueError(f"{where}: {key} is {value!r:.80}, expected {expected}")
+    missing = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING and f.name not in values]
+    if missing:
+        raise ValueError(f"{where}: no {missing[0]}, expected {wanted(object(), types[missing[0]])}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def read_json(path: Path, default=None):
