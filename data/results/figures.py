@@ -106,7 +106,8 @@ def read_run(folder: Path, colour: str, marker: str) -> Run:
     check_layout(result, RESULT, path, "ssiuu.py")
     attacks = result.get("attacks", {})
     check_layout({"attacks": attacks}, {"attacks": dict}, path, "ssiuu.py")
-    possible = {label: score for label, score in attacks.items() if "why" not in score}
+    possible = {label: score for label, score in attacks.items()
+                if not (isinstance(score, dict) and "why" in score)}
     for label, score in possible.items():
         check_layout(score, SCORE, f"{path}, {label}", "ssiuu.py")
     return Run("", colour, marker, result["settings"], result["after"], possible,
@@ -266,7 +267,7 @@ def figure_4(runs: list[Run]):
             lens = run.analysis["checkpoints"][name]["lens"]
             curve(ax, range(1, len(lens) + 1), lens, line, colour, name)
         ax.axhline(50, color="k", linestyle=":", linewidth=1, label="chance")
-        ax.set(title=f"{run.name}, n = {run.analysis['n']}", ylim=(0, 103))
+        ax.set(title=f"{run.name}, n = {run.analysis['n']}", ylim=(-3, 103))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     fig.supxlabel("block", fontsize="medium")
     fig.supylabel("answer above a distractor, %", fontsize="medium")
@@ -388,7 +389,7 @@ def figure_7a(ax, runs: list[Run]) -> None:
         means = [statistics.fmean(x["percent"] for lam, x in found if lam == one) for one in lams]
         ax.plot([lam * beside for lam in lams], means, linestyle=("-", "--", "-.", ":")[i % 4],
                 label=f"{label}, n = {span([x['n'] for _, x in found])}", **look)
-    ax.set(xscale="log", xlabel="λ", ylabel="accuracy, %", ylim=(0, 101), title="(a) weight of the penalty")
+    ax.set(xscale="log", xlabel="λ", ylabel="accuracy, %", ylim=(-3, 103), title="(a) weight of the penalty")
     ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -400,14 +401,14 @@ def figure_7bc(ax, label: str, runs: list[Run]) -> None:
         for rate in sorted({cell["lr"] for cell in cells}):
             x = summary([cell for cell in cells if cell["lr"] == rate])
             if "percent" in x:  # at a rate that is too high the attack diverges
-                places.append(rate * 1.4 ** ((i + 0.5) / len(runs) - 0.5))
+                places.append(rate * 1.05 ** (i - (len(runs) - 1) / 2))
                 found.append(x)
         look = {"color": run.colour, "marker": run.marker, "markeredgecolor": "k", "linewidth": 1}
         ax.plot(places, [x["percent"] for x in found], label=f"{run.name}, n = {cells[0]['n']}", **look)
         for place, x in zip(places, found):
             ax.errorbar(place, x["percent"], interval(x), capsize=2, **look)
     ax.set(xscale="log", xlabel="learning rate of the attack", title=label)
-    ax.set(ylabel="largest FS, %", ylim=(0, 101))
+    ax.set(ylabel="largest FS, %", ylim=(-3, 103))
     ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -421,7 +422,7 @@ def figure_causal(runs: list[Run]):
         m = [cell["m"] for cell in run.beyond["causal"]]
         curve(ax, m, [cell["FS"] for cell in run.beyond["causal"]], "-", run.colour, "those of largest D⁻")
         curve(ax, m, [cell["random_FS"] for cell in run.beyond["causal"]], ":", "k", "random ones")
-        ax.set(xscale="log", ylim=(0, 103), title=f"{run.name}, n = {run.beyond['n']}")
+        ax.set(xscale="log", ylim=(-3, 103), title=f"{run.name}, n = {run.beyond['n']}")
     fig.supxlabel("neurons silenced", fontsize="medium")
     fig.supylabel("FS, %", fontsize="medium")
     legend_above(fig)
