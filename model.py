@@ -9,12 +9,14 @@ Dimensions: B sequences, K tokens (as in Eq. 1), V vocabulary, D hidden size,
 import json
 import math
 import os
-from dataclasses import MISSING, dataclass, fields
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
-import jinja2
 import jinja2.sandbox
 import tokenizers
 import torch
@@ -23,48 +25,60 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------- the decoder
+Count = Annotated[int, ("a whole number from 1 to 2147483647", lambda x: 0 < x < 2 ** 31)]
+Natural = Annotated[int, ("a whole number from 0 to 2147483647", lambda x: 0 <= x < 2 ** 31)]
+Positive = Annotated[float, ("a number above 0", lambda x: x > 0)]
+Size = Annotated[int, ("a whole number from 1 to 1048576", lambda x: 0 < x <= 2 ** 20)]
 
+# ---------------------------------------------------------------------------------------- the decoder
 
 @dataclass
 class Config:
-    """The fields of a checkpoint's config.json that change the forward pass."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    rope: dict              # rope_type, rope_theta and the scaling's own numbers
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool           # Qwen3: RMSNorm of each head's q and k
-    raw: dict               # config.json as it was read, for save()
-
+    """The fields of config.json that change the forward pass, with the values that this decoder computes."""
+    model_type: Literal["llama", "qwen2", "qwen3"]
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, ("a whole number from 1 to 1000", lambda x: 0 < x <= 1000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None              # None: as many as query heads
+    head_dim: Size | None = None
+    rms_norm_eps: Positive = 1e-6
+    max_position_embeddings: Count | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False                               # Llama's; Qwen has none
+    hidden_act: Literal["silu"] = "silu"
+    rope_theta: Positive | None = 10000.0
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    factor: Positive | None = None                       # of linear and llama3; the next three of llama3
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Count | None = None
+    partial_rotary_factor: Literal[1, None] = None
+    layer_types: tuple[Literal["full_attention"], ...] | None = None
+    use_sliding_window: bool = False
+    max_window_layers: Natural = 28
+    quantization_config: None = None
+    raw: dict = field(default_factory=dict)              # config.json as it was read, for save()
 
 def rope_frequencies(config: Config) -> Tensor:  # -> (d/2,)
     """Radians per position of each rotated pair, after `linear` or `llama3` scaling."""
-    rope, d = config.rope, config.head_dim
-    freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
-    if rope["rope_type"] == "linear":
-        return freq / rope["factor"]
-    if rope["rope_type"] == "llama3":
+    c, d = config, config.head_dim
+    freq = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    if c.rope_type == "linear":
+        return freq / c.factor
+    if c.rope_type == "llama3":
         # Long waves are slowed by `factor`, short ones kept, those in between blended.
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+        low, high = c.low_freq_factor, c.high_freq_factor
+        turns = c.original_max_position_embeddings * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return keep * freq + (1 - keep) * freq / rope["factor"]
+        return keep * freq + (1 - keep) * freq / c.factor
     return freq
 
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, K, H, d), (B, K, 1, d/2) twice -> (B, K, H, d)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # (B, K, H, d), 2 x (B, K, 1, d/2) -> (B, K, H, d)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -78,20 +92,20 @@ class RMSNorm(nn.Module):
         y = y * torch.rsqrt((y * y).sum(-1, keepdim=True) / y.shape[-1] + self.eps)
         return self.weight * y.to(x.dtype)
 
-
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.H, self.G, self.d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, self.H * self.d, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(self.H * self.d, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(self.d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        qwen2, qk_norm = c.model_type == "qwen2", c.model_type == "qwen3"
+        self.q_proj = nn.Linear(c.hidden_size, self.H * self.d, bias=c.attention_bias or qwen2)
+        self.k_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=c.attention_bias or qwen2)
+        self.v_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=c.attention_bias or qwen2)
+        self.o_proj = nn.Linear(self.H * self.d, c.hidden_size, bias=c.attention_bias and not qwen2)
+        self.q_norm = RMSNorm(self.d, c.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple, mask: Tensor, cache: tuple | None) -> Tensor:  # (B, K, D) -> (B, K, D)
-        B, K, _ = x.shape
+    def forward(self, x: Tensor, rope: tuple, mask: Tensor, cache: tuple | None) -> Tensor:
+        B, K, _ = x.shape                                                      # (B, K, D) -> (B, K, D)
         q = rotate(self.q_norm(self.q_proj(x).view(B, K, self.H, self.d)), *rope)
         k = rotate(self.k_norm(self.k_proj(x).view(B, K, self.G, self.d)), *rope)
         v = self.v_proj(x).view(B, K, self.G, self.d)
@@ -108,18 +122,17 @@ class Attention(nn.Module):
         y = weights.view(B, self.G, -1, k.shape[1]) @ v.transpose(1, 2)        # (B, G, H/G*K, d)
         return self.o_proj(y.view(B, self.H, K, self.d).transpose(1, 2).reshape(B, K, -1))
 
-
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        bias = c.mlp_bias and c.model_type == "llama"
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, K, D) -> (B, K, D)
         shape, x = x.shape, x.flatten(0, -2)
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)).view(shape)
-
 
 class Block(nn.Module):
     def __init__(self, c: Config):
@@ -132,7 +145,6 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 class Decoder(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -140,9 +152,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-
 class LM(nn.Module):
-    """A causal language model: `LM(config)(ids)`, (B, K) long -> (B, K, V) logits. Rows are padded on the right."""
+    """A causal language model: `LM(config)(ids)`, (B, K) long -> (B, K, V) logits. Padding is right."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -158,9 +169,9 @@ class LM(nn.Module):
 
     def hidden(self, ids: Tensor, positions: Tensor | None = None, cache: list | None = None,
                blocks: int | None = None) -> Tensor:
-        """(B, K) -> (B, K, D), after the last norm, or after the first `blocks` blocks without it. `cache`: one
-        (keys, values) pair of (B, K', G, d) a layer, written at `positions` (B, K). Causal masking alone hides
-        right padding: a pad never precedes a token."""
+        """(B, K) -> (B, K, D), after the last norm, or after the first `blocks` blocks without it. `cache`:
+        one (keys, values) pair of (B, K', G, d) a layer, written at `positions` (B, K). Causal masking alone
+        hides right padding: a pad never precedes a token."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)
@@ -177,28 +188,25 @@ class LM(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:  # (B, K) -> (B, K, V)
         return self.lm_head(self.hidden(ids))
 
-
 def vocabulary_logprob(model: LM, batch, h: Tensor | None = None) -> Tensor:  # -> (N, V)
-    """log P of every token at each of the N answer positions, row by row, from the last hidden states or those given.
+    """log P of every token at each of the N answer positions, row by row, from the last hidden states or `h`.
 
-    The one place that shifts labels: position t-1 predicts token t. Logits are formed at answer positions only,
-    because (B, K, V) would be the largest tensor in memory.
+    The one place that shifts labels: position t-1 predicts token t. Logits are formed at answer positions
+    only, because (B, K, V) would be the largest tensor in memory.
     """
     h = model.hidden(batch.ids) if h is None else h                                     # (B, K, D)
     logits = model.lm_head(h[:, :batch.ids.shape[1] - 1][batch.answer[:, 1:]])
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
-
 def answer_logprob(model: LM, batch, h: Tensor | None = None) -> Tensor:  # -> (B,)
-    """log P(y|x) = sum_t log P(y_t | x, y_<t) in nats (Section 2), over `batch.answer`, the end token included."""
+    """log P(y|x) = sum_t log P(y_t | x, y_<t) in nats (Section 2), over `batch.answer`, end token too."""
     target = batch.answer[:, 1:]
     logp = vocabulary_logprob(model, batch, h).gather(1, batch.ids[:, 1:][target][:, None])[:, 0]
     row = target.nonzero()[:, 0]
     return torch.zeros(len(batch.ids), dtype=logp.dtype, device=logp.device).index_add(0, row, logp)
 
-
 def prefill(model: LM, prompts: list[list[int]], room: int) -> tuple[Tensor, Tensor, list]:
-    """(B, D) of each prompt's last token, (B,) lengths, and a cache with `room` places past the longest prompt."""
+    """(B, D) of each prompt's last token, (B,) lengths, a cache with `room` places past the longest."""
     device, c = model.device, model.config
     length = torch.tensor([len(p) for p in prompts], device=device)
     width = int(length.max())
@@ -210,9 +218,8 @@ def prefill(model: LM, prompts: list[list[int]], room: int) -> tuple[Tensor, Ten
     positions = torch.arange(width, device=device).expand(len(prompts), -1)
     return model.hidden(ids, positions, cache)[torch.arange(len(prompts)), length - 1], length, cache
 
-
 @torch.no_grad()
-def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]) -> list[list[int]]:
+def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]) -> list[list]:
     """Greedy continuations, each cut before its first stop token. A batch gives what one at a time gives."""
     last, length, cache = prefill(model, prompts, max_new_tokens)
     device = last.device
@@ -228,52 +235,51 @@ def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, stop_ids:
     rows = torch.stack(steps, 1).tolist() if steps else [[] for _ in prompts]
     return [row[:next((i for i, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]
 
-
 # -------------------------------------------------------------------------------------- the tokenizer
-
 
 class Tokenizer:
     """tokenizer.json, the chat template and the end tokens of a checkpoint directory.
 
-    `stop_ids` end a generation; `end_id` is the one that training appends to an answer.
+    `stop_ids` end a generation; `end_id` is the one that training appends to an answer. ids are those of
+    transformers' PreTrainedTokenizerFast: tokenizer.json's, whatever class tokenizer_config.json names.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.tokens = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as e:  # the library raises bare Exception for a missing and for a broken file
-            raise ValueError(f"{path / 'tokenizer.json'}: not a readable tokenizer ({e})") from None
+            self.tokens = tokenizers.Tokenizer.from_str(read_text(path / "tokenizer.json"))
+        except Exception as e:  # the library raises bare Exception
+            raise ValueError(f"{path / 'tokenizer.json'}: not a readable tokenizer ({one_line(e)})") from None
         self.tokens.no_padding()
         self.tokens.no_truncation()
-        names = read_json(path / "tokenizer_config.json", default={})
-        self.special = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()
-                        if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value}
-        template = names.get("chat_template")
-        if isinstance(template, list):
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        if (path / "chat_template.jinja").is_file():
-            template = (path / "chat_template.jinja").read_text()
-        self.template = template
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                           extensions=["jinja2.ext.loopcontrols"])
-        env.globals["raise_exception"] = refuse_template
-        try:
-            self.compiled = env.from_string(template or "")
-        except jinja2.TemplateError as e:
-            raise ValueError(f"{path}: the chat template cannot be read ({e})") from None
-        stop = read_json(path / "generation_config.json", default={}).get("eos_token_id")
-        stop = read_json(path / "config.json").get("eos_token_id") if stop is None else stop
-        end = self.tokens.token_to_id(self.special.get("eos_token", ""))
-        self.stop_ids = [i for i in (stop if isinstance(stop, list) else [stop]) if i is not None]
-        self.stop_ids += [end] if end is not None and end not in self.stop_ids else []
-        if not self.stop_ids:
-            raise ValueError(f"{path}: no end token: expected eos_token_id in generation_config.json or config.json, "
-                             "or eos_token in tokenizer_config.json")
-        self.end_id = self.stop_ids[0] if end is None else end
+        self.special, self.template = special_tokens(path), chat_template(path)
+        self.space = " " if self.template is None else self.after_prompt()
+        self.stop_ids = self.ends(read_config(path).vocab_size)
+        self.end_id = self.stop_ids[0]
+
+    def ends(self, vocab_size: int) -> list[int]:
+        """The eos_token's id, then eos_token_id of generation_config.json, or else of config.json."""
+        Id = Annotated[int, (f"a whole number below vocab_size {vocab_size}", lambda x: 0 <= x < vocab_size)]
+        found, end = [], self.special.get("eos_token")
+        for file in (self.path / "config.json", self.path / "generation_config.json"):
+            ids = read_json(file, default={}).get("eos_token_id")
+            check(ids, Id | tuple[Id, ...] | None, f"{file}: eos_token_id is")
+            found = [ids] if isinstance(ids, int) else ids or found
+        if end is not None:
+            known = self.tokens.token_to_id(end)
+            found = [check(known, Id, f"{self.path / 'tokenizer.json'}: the id of eos_token {end!r} is"), *found]
+        if not found:
+            raise ValueError(f"{self.path}: no end token, expected eos_token_id in generation_config.json or "
+                             "config.json, or eos_token in tokenizer_config.json")
+        return list(dict.fromkeys(found))
 
     def encode(self, text: str) -> list[int]:
-        return self.tokens.encode(text, add_special_tokens=False).ids
+        """The ids of `text` inside a longer text: behind an anchor, which is then cut off, because tokenizers
+        of Llama-2's kind put a space before all that they are given."""
+        anchor, ids = (self.tokens.encode(t, add_special_tokens=False).ids for t in ("\n", "\n" + text))
+        if ids[:len(anchor)] == anchor:
+            return ids[len(anchor):]
+        return self.tokens.encode(text, add_special_tokens=False).ids  # it begins with a line break itself
 
     def decode(self, ids: list[int]) -> str:
         return self.tokens.decode(ids, skip_special_tokens=True)
@@ -281,42 +287,77 @@ class Tokenizer:
     def prompt(self, question: str) -> list[int]:
         """x: the question as one user turn of the chat template, or in the plain form where there is none."""
         if self.template is None:
-            return self.tokens.encode(f"Question: {question}\nAnswer:").ids  # with the tokenizer's own start token
-        try:  # strftime_now stays undefined: templates then use their own fixed date, and runs repeat
-            text = self.compiled.render(
-                messages=[{"role": "user", "content": question}], add_generation_prompt=True,
-                enable_thinking=False, **self.special)
-        except Exception as e:  # a template is someone's program: it can raise anything
-            raise ValueError(f"{self.path}: the chat template cannot be rendered ({e})") from None
-        return self.encode(text)
+            return self.tokens.encode(f"Question: {question}\nAnswer:").ids  # with the tokenizer's own start
+        return self.tokens.encode(self.render(question), add_special_tokens=False).ids
 
     def answer(self, text: str) -> list[int]:
-        """y: the answer's tokens and the end token, tokenised apart from the prompt so the boundary stays put."""
-        return self.encode(text if self.template else " " + text) + [self.end_id]
+        """y: the answer's tokens and the end token, tokenised apart from x so that the boundary stays put."""
+        return self.encode(self.space + text) + [self.end_id]
 
+    def render(self, *turns: str) -> str:
+        """The template with the user's turn, up to where the answer begins, or with both turns."""
+        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns)]
+        try:
+            return self.template.render(messages=messages, tools=None, documents=None, enable_thinking=False,
+                                        add_generation_prompt=len(turns) == 1, **self.special)
+        except Exception as e:  # a template is someone's program: it can raise anything
+            raise ValueError(f"{self.path}: the chat template cannot be rendered ({one_line(e)})") from None
 
-def refuse_template(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    def after_prompt(self) -> str:
+        """The white space that the template puts between x and y: a space in Llama-2's and Mistral's."""
+        prompt = self.render("Who?")
+        if prompt == self.render("Why?"):
+            raise ValueError(f"{self.path}: the chat template ignores the question")
+        found = re.match(re.escape(prompt) + r"(\s*)Me", self.render("Who?", "Me"))
+        return found[1] if found else ""
 
+def special_tokens(path: Path) -> dict[str, str]:
+    """{"bos_token": "<s>", ...} of tokenizer_config.json, which templates may use."""
+    file, tokens = path / "tokenizer_config.json", {}
+    for key, value in read_json(file, default={}).items():
+        if key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
+            value = value.get("content", value) if isinstance(value, dict) else value
+            tokens[key] = check(value, str | None, f"{file}: {key} is")
+    return {key: token for key, token in tokens.items() if token}
+
+def chat_template(path: Path) -> jinja2.Template | None:
+    """In the environment of transformers' apply_chat_template, but for the date that Llama 3 tells the model:
+    here it is always 26 July 2024, so that runs repeat."""
+    file = path / "tokenizer_config.json"
+    source = read_json(file, default={}).get("chat_template")
+    if (path / "chat_template.jinja").is_file():  # goes before the other
+        source = read_text(path / "chat_template.jinja")
+    if isinstance(source, list):  # of named ones
+        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
+        source = named[0].get("template", named) if named else source
+    if check(source, str | None, f"{file}: chat_template is") is None:
+        return None
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                       extensions=["jinja2.ext.loopcontrols"])
+    env.globals |= {"raise_exception": refuse, "strftime_now": datetime(2024, 7, 26).strftime}
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    # {% generation %} marks text for a mask that is not needed here: a block that only opens a scope.
+    source = re.sub(r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})", r"\1\2with\3", source)
+    try:
+        return env.from_string(source)
+    except Exception as e:
+        raise ValueError(f"{path}: the chat template cannot be read ({one_line(e)})") from None
 
 # ---------------------------------------------------------------------------------- reading and writing
 
-Count = Annotated[int, ("a whole number from 1 to 2147483647", lambda x: 0 < x < 2 ** 31)]
-Natural = Annotated[int, ("a whole number from 0 to 2147483647", lambda x: 0 <= x < 2 ** 31)]
-Positive = Annotated[float, ("a number above 0", lambda x: x > 0)]
 NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object",
          list: "a list", NoneType: "null"}
 
-
 def wanted(value, kind) -> str:
     """"" where `value` is of the type `kind`, else in words what was expected. Annotated[type, (words, test)]
-    carries a range; a tuple[type, ...] takes a list too; int and float take no bool, float takes a finite int."""
+    carries a range; a tuple[type, ...] takes a list; int and float take no bool, float takes a finite int; str
+    takes no lone surrogate, as no tokenizer does."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         words, test = args[1]
         return "" if not wanted(value, args[0]) and test(value) else words
     if origin is Literal:
-        return "" if isinstance(value, str) and value in args else " or ".join(args)
+        return "" if value in args else " or ".join(map(str, args))
     if origin in (Union, UnionType):
         missed = [wanted(value, each) for each in args]
         return " or ".join(missed) if all(missed) else ""
@@ -324,99 +365,100 @@ def wanted(value, kind) -> str:
         ok = isinstance(value, (list, tuple)) and value and not any(wanted(x, args[0]) for x in value)
         return "" if ok else f"a list, each {wanted(object(), args[0])}"
     if kind is float:
-        ok = type(value) in (int, float) and -math.inf < value < math.inf  # false for NaN, no overflow of a huge int
+        ok = type(value) in (int, float) and abs(value) <= 1e308  # false for NaN; a huge int would overflow
     else:
-        ok = type(value) is kind
+        ok = type(value) is kind and not (kind is str and re.search("[\ud800-\udfff]", value))
     return "" if ok else NAMES[kind]
 
+def check(value, kind, where: str):
+    """`value`, if it is wanted(); else ValueError in one line: `where`, what was found, what was expected."""
+    if expected := wanted(value, kind):
+        raise ValueError(f"{where} {value!r:.80}, expected {expected}")
+    return value
 
 def fill(kind: type, values: dict, where: str | Path, ignore: bool = False):
-    """`kind(**values)` for a dataclass, each value checked against its field's type; `ignore`: skips keys it lacks.
-
-    ValueError in one line that names `where`, the key, what was found and what was expected.
-    """
-    types = get_type_hints(kind, include_extras=True)
+    """`kind(**values)` for a dataclass, each value of its field's type: lists as tuples, ints for floats as
+    floats. ValueError as of check(), and for a key that is missing or, unless `ignore`, unknown."""
+    types, found = get_type_hints(kind, include_extras=True), {}
     unknown = [key for key in values if key not in types]
     if unknown and not ignore:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}, expected any of {', '.join(types)}")
-    values = {key: value for key, value in values.items() if key in types}
-    for key, value in values.items():
-        if expected := wanted(value, types[key]):
-            raise ValueError(f"{where}: {key} is {value!r:.80}, expected {expected}")
-    missing = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING and f.name not in values]
-    if missing:
-        raise ValueError(f"{where}: no {missing[0]}, expected {wanted(object(), types[missing[0]])}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    for f in fields(kind):
+        if f.name in values:
+            value = check(values[f.name], types[f.name], f"{where}: {f.name} is")
+            if type(value) is int and abs(value) <= 1e308 and not wanted(float(value), types[f.name]):
+                value = float(value)
+            found[f.name] = tuple(value) if isinstance(value, list) else value
+        elif f.default is f.default_factory is MISSING:
+            raise ValueError(f"{where}: no {f.name}, expected {wanted(object(), types[f.name])}")
+    return kind(**found)
 
+def refuse(message: str):
+    raise ValueError(message)
 
-def read_json(path: Path, default=None):
-    """The JSON value in `path`; `default` where there is no such file and a default is given."""
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+def read_text(path: str | Path) -> str:
+    """UTF-8 whatever the locale, without its byte-order mark. ValueError for other encodings."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
+
+def parse(text: str, where: str | Path):
+    """The JSON value in `text`. ValueError for anything else: NaN, Infinity, and nesting beyond all use."""
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where}: not JSON that can be read ({e})") from None
+
+def read_json(path: Path, kind: type = dict, default=None):
+    """The JSON value in `path`, which is a `kind`; `default`, if given, where there is no such file."""
     if default is not None and not path.is_file():
         return default
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path}: not JSON ({e})") from None
-
+    value = parse(read_text(path), path)
+    if wanted(value, kind):
+        raise ValueError(f"{path}: found {NAMES[type(value)]}, expected {NAMES[kind]}")
+    return value
 
 def read_config(path: Path) -> Config:
-    """Reads `path`/config.json. ValueError for anything this decoder would get wrong."""
-    file, raw = path / "config.json", read_json(path / "config.json")
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file}: found a {type(raw).__name__}, expected an object")
-    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
-    rope = {**rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default",
-            "rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0}
-    kind, layers = raw.get("model_type"), raw.get("num_hidden_layers")
-    slides = raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < (layers or 0)
-    for key, found, ok, expected in [
-            ("model_type", kind, kind in ("llama", "qwen2", "qwen3"), "llama, qwen2 or qwen3"),
-            ("hidden_act", raw.get("hidden_act", "silu"), raw.get("hidden_act", "silu") == "silu", "silu"),
-            ("use_sliding_window", True, not slides, "no layer with a sliding window"),
-            ("layer_types", raw.get("layer_types"), set(raw.get("layer_types") or []) <= {"full_attention"},
-             "full_attention only"),
-            ("rope_type", rope["rope_type"], rope["rope_type"] in ("default", "linear", "llama3"),
-             "default, linear or llama3"),
-            ("partial_rotary_factor", raw.get("partial_rotary_factor"),
-             (raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1) == 1, "1"),
-            ("quantization_config", "present", not raw.get("quantization_config"), "unquantised weights")]:
-        if not ok:
-            raise ValueError(f"{file}: {key} is {found!r}, expected {expected}")
-    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
-                                               "original_max_position_embeddings"]}.get(rope["rope_type"], [])
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    missing = [k for k in sizes if not isinstance(raw.get(k), int)] + [f"rope {k}" for k in needed if k not in rope]
-    if missing:
-        raise ValueError(f"{file}: no number for {', '.join(missing)}")
-    heads, bias = raw["num_attention_heads"], bool(raw.get("attention_bias", False))
-    return Config(**{k: raw[k] for k in sizes}, num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                  head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads),
-                  rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-                  tie_word_embeddings=raw.get("tie_word_embeddings", False), rope=rope,
-                  qkv_bias=bias or kind == "qwen2", o_bias=bias and kind != "qwen2",
-                  mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama", qk_norm=kind == "qwen3", raw=raw)
-
+    """Reads `path`/config.json. ValueError for anything that this decoder would get wrong."""
+    file = path / "config.json"
+    raw = read_json(file)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    check(rope, dict, f"{file}: rope_parameters is")
+    c = fill(Config, {"original_max_position_embeddings": raw.get("max_position_embeddings"), **raw,
+                      "rope_type": rope.get("type", "default"), **rope, "raw": raw}, file, ignore=True)
+    scales = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for key in {"default": [], "linear": scales[:1], "llama3": scales}[c.rope_type]:
+        check(getattr(c, key), Positive, f"{file}: {key} of {c.rope_type} rope is")
+    heads = c.num_attention_heads
+    c.num_key_value_heads = c.num_key_value_heads or heads
+    c.head_dim = c.head_dim or (128 if c.model_type == "qwen3" else c.hidden_size // heads)
+    check(heads % c.num_key_value_heads, Literal[0], f"{file}: num_attention_heads % num_key_value_heads is")
+    check(c.head_dim % 2, Literal[0], f"{file}: head_dim % 2 is")
+    check(c.use_sliding_window and c.max_window_layers < c.num_hidden_layers, Literal[False],
+          f"{file}: use_sliding_window and max_window_layers < num_hidden_layers is")
+    return c
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
-    names, tensors = ["model.safetensors"], {}
-    if not (path / names[0]).is_file() and (path / "model.safetensors.index.json").is_file():
-        index = read_json(path / "model.safetensors.index.json")
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{path / 'model.safetensors.index.json'}: no weight_map, expected tensor names and files")
-        names = sorted(set(index["weight_map"].values()))
-    for name in names:
+    names, index, tensors = ["model.safetensors"], path / "model.safetensors.index.json", {}
+    if index.is_file() and not (path / names[0]).is_file():
+        names = check(read_json(index).get("weight_map"), dict, f"{index}: weight_map is").values()
+    Shard = Annotated[str, ("the name of a file beside it", lambda name: Path(name).name == name)]
+    for name in dict.fromkeys(check(name, Shard, f"{index}: weight_map has") for name in names):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path / name}: no such file; weights are read from safetensors only")
         try:
             tensors |= load_file(path / name)
         except SafetensorError as e:
             raise ValueError(f"{path / name}: not a readable safetensors file ({e})") from None
-    # A tied head may be stored twice, and old checkpoints carry RoPE's table: both follow from the rest.
+    # Old checkpoints carry RoPE's table, which follows from config.json.
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
-
-def load(path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[LM, Tokenizer]:
+def load(path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):  # -> LM, Tokenizer
     """Loads a checkpoint directory, or a Hugging Face hub id such as meta-llama/Llama-3.2-3B-Instruct.
 
     OSError for what is missing, ValueError for what does not fit; each is one line that names the file.
@@ -424,40 +466,42 @@ def load(path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str
     path = Path(path_or_id)
     if not path.is_dir():
         try:
-            path = Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+            path = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
         except Exception as e:  # the hub's errors span several libraries' classes
-            raise OSError(f"{path_or_id}: neither a directory nor a hub model that can be fetched "
-                          f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from None
-    config = read_config(path)
+            raise OSError(f"{path}: neither a directory nor a hub model that can be fetched "
+                          f"({one_line(e)})") from None
+    config, tensors = read_config(path), read_weights(path)
+    for name, t in tensors.items():
+        if not t.is_floating_point() or t.itemsize < 2 or not t.isfinite().all():
+            raise ValueError(f"{path}: {name} is {t.dtype}, expected finite bfloat16, float16 or float32")
+    tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
+    if config.tie_word_embeddings:
+        # As in transformers: the file may call the one matrix either or both, and two that differ stay two.
+        names = ["model.embed_tokens.weight", "lm_head.weight"]
+        found = [tensors[name] for name in names if name in tensors]
+        tensors |= {name: t for name in names for t in found if name not in tensors}
+        config.tie_word_embeddings = len(found) < 2 or torch.equal(*found)
     with torch.device("meta"):  # no memory and no initialisation: every parameter comes from the file
         model = LM(config)
-    tensors, shapes = read_weights(path), {name: p.shape for name, p in model.named_parameters()}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    bad = [f"{n} missing" for n in shapes if n not in tensors]
-    bad += [f"{n} unexpected" for n in tensors if n not in shapes]
-    bad += [f"{n} is {tuple(t.shape)}, expected {tuple(shapes[n])}" for n, t in tensors.items()
-            if n in shapes and t.shape != shapes[n]]
-    bad += [f"{n} is {t.dtype}, expected bfloat16, float16 or float32" for n, t in tensors.items()
-            if t.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
-    bad = bad or [f"{n} has values that are not finite" for n, t in tensors.items() if not t.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path}: weights do not fit config.json: {'; '.join(bad)}")
-    tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: weights do not fit config.json ({one_line(e)})") from None
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(True), Tokenizer(path)
 
-
 def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Writes a checkpoint directory that `load` and transformers read; each file appears whole or not at all."""
+    """Writes a checkpoint directory that `load` and transformers read; each file whole or not at all."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "unlearn.json"]
-    files = {name: (tokenizer.path / name).read_bytes() for name in names if (tokenizer.path / name).is_file()}
-    config = {k: v for k, v in model.config.raw.items() if k != "torch_dtype"} | {"dtype": dtype}
+    names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+             "unlearn.json"]
+    found = [tokenizer.path / name for name in names if (tokenizer.path / name).is_file()]
+    files = {file.name: file.read_bytes() for file in found}
+    config = {key: value for key, value in model.config.raw.items() if key != "torch_dtype"} | {
+        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        "tie_word_embeddings": model.config.tie_word_embeddings}
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     for name in set(names) - set(files):  # an older checkpoint's: it would change how this one is read
         (path / name).unlink(missing_ok=True)
@@ -465,17 +509,14 @@ def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
         write(path / name, content)
     write_tensors(path / "model.safetensors", dict(model.named_parameters()))
 
-
 def write(path: Path, content: bytes) -> None:
     """Replaces `path` in one move, so that a reader or a kill never meets half a file."""
     path.with_name(path.name + ".tmp").write_bytes(content)
     os.replace(path.with_name(path.name + ".tmp"), path)
 
-
 def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, (json.dumps(value, indent=1) + "\n").encode())
-
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Like write(), for a safetensors file; `metadata` holds strings."""

@@ -1,4 +1,5 @@
-"""Rebuild tests/golden: tiny random checkpoints and the logits transformers computes for them.
+"""Rebuild tests/golden: tiny random checkpoints and the logits transformers computes for them; small tokenizers of the
+kinds that Llama and Qwen checkpoints have, and the ids transformers gives with them.
 
     pip install torch transformers==5.23.0
     python tests/make_golden.py
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # rms_norm_eps is far larger than usual, and theta far smaller, so that a wrong one shows.
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -82,6 +84,112 @@ def make(name, config, folder):
     print(f"{name}: logits of size {logits.std():.2f}, at most {logits.abs().max():.1f}")
 
 
+TEXTS = ["Question: Where was Ana Ruiz born?\nAnswer: Lima", "Who wrote Dune? Frank Herbert wrote Dune in 1965.",
+         "system user assistant [INST] [/INST]", "You are a helpful assistant.", "Lima Lima, the capital of Peru\n\n\n",
+         "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"]
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+          r"\s*[\r\n]+|\s+(?!\S)|\s+")
+CHATML = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
+# kind -> special tokens, tokenizer_config.json; the templates are the published ones without tools and system turns
+TOKENIZERS = {
+    "llama2": (["<unk>", "<s>", "</s>"], dict(bos_token="<s>", eos_token="</s>", chat_template=(
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + "
+        "' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"))),
+    "tinyllama": (["<unk>", "<s>", "</s>"], dict(bos_token="<s>", eos_token={"content": "</s>", "__type": "AddedToken"},
+        chat_template=("{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n' + m['content'] + "
+        "eos_token }}\n{% else %}\n{{ '<|assistant|>\n'  + m['content'] + eos_token }}\n{% endif %}\n{% if loop.last and "
+        "add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"))),
+    "llama3": (["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], dict(
+        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", chat_template=[dict(name="default", template=(
+        "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n        "
+        "{%- set date_string = strftime_now(\"%d %b %Y\") %}\n    {%- endif %}\n{%- endif %}\n{%- if tools is not none %}"
+        "{{- raise_exception('tools') }}{%- endif %}\n{{- \"<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: \" + "
+        "date_string + \"\\n\\n<|eot_id|>\" }}\n{%- for m in messages %}\n    {{- '<|start_header_id|>' + m['role'] + "
+        "'<|end_header_id|>\\n\\n' }}\n    {%- generation %}\n    {{- m['content'] | trim + '<|eot_id|>' }}\n    "
+        "{%- endgeneration %}\n{%- endfor %}\n{%- if add_generation_prompt %}\n    "
+        "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n")),
+        dict(name="tool_use", template="no")])),
+    "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], dict(
+        bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>", chat_template=(
+        "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+        "helpful assistant.<|im_end|>\n' }}{% endif %}" + CHATML + "{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}"))),
+    "qwen2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], dict(
+        bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=(
+        "{%- if tools %}\n    {{- tools | tojson }}\n{%- endif %}\n{%- for m in messages %}\n" + CHATML.replace(
+            "{{ ", "{{- ") + "\n{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\n' }}\n"
+        "{%- endif %}\n"))),
+    "qwen3": (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"], dict(
+        bos_token=None, eos_token="<|im_end|>", chat_template=(
+        "{%- set ns = namespace(last=messages|length - 1) %}\n{%- for m in messages %}\n    {%- if m.role == 'user' %}\n"
+        "        " + CHATML.replace("{{ ", "{{- ") + "\n    {%- else %}\n        {{- '<|im_start|>' + m.role + "
+        "'\n<think>\n\n</think>\n\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}\n    {%- endif %}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\n' }}\n    {%- if enable_thinking is defined and "
+        "enable_thinking is false %}\n        {{- '<think>\n\n</think>\n\n' }}\n    {%- endif %}\n{%- endif %}"))),
+}
+
+
+def bytes_and_spaces(kind, special):
+    """Llama-2's kind: a dummy space by the normalizer, TinyLlama's here by Metaspace; bytes for unknown characters."""
+    draft = Tokenizer(models.BPE())
+    draft.pre_tokenizer = pre_tokenizers.Metaspace()
+    draft.train_from_iterator([t.replace("\n", " ") for t in TEXTS], trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    model = json.loads(draft.to_str())["model"]
+    vocab = {t: i for i, t in enumerate([*special, *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]])}
+    tok = Tokenizer(models.BPE(vocab, [tuple(m) for m in model["merges"]], unk_token="<unk>", fuse_unk=True,
+                               byte_fallback=True))
+    if kind == "llama2":
+        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                     decoders.Strip(" ", 1, 0)])
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tok
+
+
+def byte_level(kind, special):
+    tok = Tokenizer(models.BPE())
+    if kind == "smollm2":
+        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        rule = LLAMA3 if kind == "llama3" else LLAMA3.replace("{1,3}", "")
+        parts = [pre_tokenizers.Split(Regex(rule), "isolated"),
+                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    tok.normalizer = normalizers.NFC() if kind.startswith("qwen") else None
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Sequence(parts), decoders.ByteLevel()
+    tok.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False,
+                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    if kind == "llama3":
+        tok.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A",
+                                                           special_tokens=[("<|begin_of_text|>", 0)])
+    return tok
+
+
+def make_tokenizer(kind, special, names, folder):
+    """golden.json: the ids of a question, of question and answer, and of both without the template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tok = (bytes_and_spaces if kind in ("llama2", "tinyllama") else byte_level)(kind, special)
+    tok.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+    tok.save(str(folder / "tokenizer.json"), pretty=False)
+    files = {"config.json": {**TINY, "model_type": "llama", "vocab_size": tok.get_vocab_size(), "eos_token_id": None},
+             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **names}}
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content, indent=1) + "\n")
+    theirs, golden = AutoTokenizer.from_pretrained(folder), []
+    for question, answer in [("Where was Ana Ruiz born?", "Lima"), (" What is 1965 + 17?\nDigits!", "1982"),
+                             ("ならば José, Ünal & 利马?", "Éire")]:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ids = [theirs.apply_chat_template(turns[:n], add_generation_prompt=n == 1, date_string="26 Jul 2024",
+                                          enable_thinking=False)["input_ids"] for n in (1, 2)]
+        golden.append([question, answer, *ids, theirs(f"Question: {question}\nAnswer: {answer}")["input_ids"]])
+    (folder / "golden.json").write_text(json.dumps(golden) + "\n")
+    print(f"{kind}: {[len(row[2]) for row in golden]} ids in the prompts")
+
+
 if __name__ == "__main__":
+    GOLDEN = Path(__file__).parent / "golden"
     for case in CASES:
-        make(case, {**TINY, **CASES[case]}, Path(__file__).parent / "golden" / case)
+        make(case, {**TINY, **CASES[case]}, GOLDEN / case)
+    for case in TOKENIZERS:
+        make_tokenizer(case, *TOKENIZERS[case], GOLDEN / "tokenizers" / case)

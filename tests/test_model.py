@@ -222,8 +222,8 @@ def test_unreadable_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop("model.norm.weight"), ["model.norm.weight", "missing"]),
-    (lambda t: t.update(extra=torch.ones(2)), ["extra", "unexpected"]),
+    (lambda t: t.pop("model.norm.weight"), ["model.norm.weight", "Missing"]),
+    (lambda t: t.update(extra=torch.ones(2)), ["extra", "Unexpected"]),
     (lambda t: t.update({"model.norm.weight": torch.ones(31)}), ["model.norm.weight", "31", "32"]),
     (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), ["model.norm.weight", "int8"]),
 ])
