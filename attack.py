@@ -1,23 +1,45 @@
-"""Attacks a checkpoint as in Section 6.2.2: does a little retraining, or rounding, bring the unlearned facts back?
+"""Attacks a checkpoint as in Section 6.2.2: does a little retraining bring the unlearned facts back?
 
     python attack.py --model runs/ssiuu-tiny --control data/tiny
 
-Dimensions: B sequences, K tokens.
+Dimensions: B sequences, K tokens, r the rank of LoRA.
 """
 import json
 import random
 import statistics
-from collections.abc import Callable, Generator, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import nn
 
-from data import Example, batches, collate, encode, load_alpaca
-from evaluate import accuracy, answered, check, hooked, margin, read_flags, run, splits_of, wilson
-from model import LM, Tokenizer, answer_logprob, load, save
+from data import Example, batches, check_fits, collate, encode, load_alpaca
+from evaluate import Data, Rate, Share, accuracy, answered, cell, hooked, margin, markdown, read_flags, refuse, run
+from evaluate import splits_of, wilson
+from model import LM, Count, Natural, Tokenizer, answer_logprob, load, save
+
+Bits = Annotated[int, ("a whole number from 2 to 16", lambda x: 2 <= x <= 16)]
+
+
+@dataclass
+class Settings(Data):
+    control: tuple[str, ...] | None = None  # attack these on the same items: the original, one never taught
+    p: tuple[Share, ...] = (0.1, 0.3)     # fractions of the pool to retrain on (6.2.2)
+    attack_lrs: tuple[Rate, ...] = (1e-5, 5e-6, 1e-6)  # learning rates of the harmful attack (6.2.2, D.2)
+    attack_epochs: Count = 10             # of the harmful attack; unpublished
+    attack_batch: Count = 4               # of both attacks; unpublished
+    attack_draws: Count = 3               # draws of the retrained rows (6.2.2: three runs)
+    attack_rank: Natural = 0              # LoRA's r, not in the paper; 0: every weight is retrained
+    benign: str | None = "data/instructions.json"  # Alpaca file of the benign attack (6.2.2); none: leave it out
+    benign_lrs: tuple[Rate, ...] = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2, D.2)
+    benign_rows: Count = 1000             # rows a draw, one pass (6.2.2; the passes are unpublished)
+    benign_points: Count = 5              # scores in a pass; unpublished
+    bits: tuple[Bits, ...] | None = None  # attack by rounding the weights to so many bits; not in the paper
+    save: str | None = None               # only write the model that the first p, rate and draw end in, to this folder
 
 
 def projections(model: LM) -> list[nn.Linear]:
@@ -94,169 +116,159 @@ def falsely_answered(model: LM, tokenizer: Tokenizer, C_f: list[Example], eval_s
     return [e for e, hit in zip(C_f, answered(model, tokenizer, C_f, size=eval_size)) if not hit]
 
 
-def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Generator, scored: list[Example],
-             eval_size: int, known: tuple | list = ()) -> dict:
+def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Iterator, scored: list[Example],
+             eval_size: int, known: Iterable[dict] = ()) -> dict:
     """The cell with FS, logp and margin of `scored` as lists: before the attack, then each time `changes` yields.
 
-    A known cell is returned as it is, with nothing run. The weights are restored bit for bit, also after an error.
-    ValueError where nothing is left to score.
+    A known cell is returned as it is, with nothing run. An attack that diverges costs its own cell, which says so
+    under "failed". The weights are kept on the host meanwhile and restored bit for bit, also after an error.
     """
     def measure() -> tuple:
         return accuracy(model, tokenizer, scored, eval_size)["percent"], *margin(model, tokenizer, scored, eval_size)
 
-    if not scored:
-        raise ValueError(f"{cell['kind']} attack: no item answered falsely is left to score, expected at least one")
     for c in known:
         if cell.items() <= c.items():
             return c
-    start = [w.detach().clone() for w in model.parameters()]
+    start = [w.detach().to("cpu", copy=True) for w in model.parameters()]
+    curve = [measure()]
     try:
         with closing(changes):  # before the weights go back: LoRA ends by adding to them
-            curve = [measure()] + [measure() for _ in changes]
+            for _ in changes:
+                curve.append(measure())
+    except FloatingPointError as e:
+        return cell | {"failed": str(e)}
     finally:
         for w, w_start in zip(model.parameters(), start):
             w.data.copy_(w_start)
-    return cell | dict(zip(("FS", "logp", "margin"), map(list, zip(*curve))))
+    return cell | {name: list(values) for name, values in zip(("FS", "logp", "margin"), zip(*curve))}
 
 
 def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: int) -> tuple[list, list[Example]]:
-    """A fraction p of the pool, encoded to be retrained, and the rest, to be scored."""
+    """A fraction p of the pool, at least one item, encoded to be retrained; and the rest, to be scored."""
     k = min(len(pool), max(1, round(p * len(pool))))
     chosen = set(random.Random(f"{seed} {draw} {p:g}").sample(range(len(pool)), k))
     return ([encode(tokenizer, pool[i].question, pool[i].answers[0]) for i in sorted(chosen)],
             [e for i, e in enumerate(pool) if i not in chosen])
 
 
-def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: float, lrs: tuple = (1e-5, 5e-6, 1e-6),
-                   seeds: int = 3, epochs: int = 10, size: int = 4, seed: int = 0, eval_size: int = 64, rank: int = 0,
-                   known: tuple | list = ()) -> Iterator[dict]:
+def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: float, s: Settings,
+                   known: Iterable[dict] = ()) -> Iterator[dict]:
     """Retrain on a fraction p of the pool, score FS on the disjoint rest after each epoch (Section 6.2.2 (1)).
 
-    The pool is the unlearned model's (`falsely_answered`), also where a control model is attacked. Each of `seeds`
-    draws is retrained with each learning rate from the same weights. Yields a cell per draw and rate: {kind, p, seed,
-    lr, rank, n, retrained, FS, logp, margin}, the last three lists over epochs. ValueError for an empty rest.
+    The pool is the unlearned model's (`falsely_answered`), also where a control model is attacked. Each draw is
+    retrained with each learning rate from the same weights. Yields a cell per draw and rate: {kind, p, seed, lr,
+    rank, n, retrained, FS, logp, margin}, the last three lists over epochs; none where nothing is left to score.
     """
-    for draw in range(seeds):
-        rows, rest = drawn(tokenizer, pool, p, draw, seed)
-        for lr in lrs:
-            cell = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "rank": rank, "n": len(rest),
+    for draw in range(s.attack_draws):
+        rows, rest = drawn(tokenizer, pool, p, draw, s.seed)
+        if not rest:
+            return
+        for lr in s.attack_lrs:
+            cell = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "rank": s.attack_rank, "n": len(rest),
                     "retrained": len(rows)}
-            changes = retrain(model, rows, lr, epochs, size, torch.Generator().manual_seed(seed + draw), rank)
-            yield attacked(model, tokenizer, cell, changes, rest, eval_size, known)
+            generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
+            changes = retrain(model, rows, lr, s.attack_epochs, s.attack_batch, generator, s.attack_rank)
+            yield attacked(model, tokenizer, cell, changes, rest, s.eval_batch, known)
 
 
-def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: list[Example],
-                  lrs: tuple = (1e-5, 1e-6, 1e-7), seeds: int = 3, limit: int = 1000, points: int = 5, size: int = 4,
-                  seed: int = 0, eval_size: int = 64, rank: int = 0, known: tuple | list = ()) -> Iterator[dict]:
-    """Retrain on up to `limit` instructions, which hold none of the facts, score FS on all the pool (6.2.2 (2)).
+def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: list[Example], s: Settings,
+                  known: Iterable[dict] = ()) -> Iterator[dict]:
+    """Retrain on instructions, which hold none of the facts, score FS on all the pool (Section 6.2.2 (2)).
 
-    Each seed draws rows and order; one pass, scored at `points` regular points. Cells as harmful_attack's, without p.
+    Each draw has its rows and order; one pass, scored at regular points. Cells as harmful_attack's, without p.
     """
-    for draw in range(seeds):
-        chosen = random.Random(f"{seed} {draw} benign").sample(rows, min(limit, len(rows)))
+    for draw in range(s.attack_draws if pool else 0):
+        chosen = random.Random(f"{s.seed} {draw} benign").sample(rows, min(s.benign_rows, len(rows)))
         encoded = [encode(tokenizer, e.question, e.answers[0]) for e in chosen]
-        for lr in lrs:
-            cell = {"kind": "benign", "seed": draw, "lr": lr, "rank": rank, "n": len(pool), "retrained": len(chosen)}
-            changes = retrain(model, encoded, lr, 1, size, torch.Generator().manual_seed(seed + draw), rank, points)
-            yield attacked(model, tokenizer, cell, changes, pool, eval_size, known)
+        for lr in s.benign_lrs:
+            cell = {"kind": "benign", "seed": draw, "lr": lr, "rank": s.attack_rank, "n": len(pool),
+                    "retrained": len(chosen)}
+            generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
+            changes = retrain(model, encoded, lr, 1, s.attack_batch, generator, s.attack_rank, s.benign_points)
+            yield attacked(model, tokenizer, cell, changes, pool, s.eval_batch, known)
 
 
-def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bits: int, eval_size: int = 64,
-                        known: tuple | list = ()) -> Iterator[dict]:
-    """One cell, curves [before, after] `quantise`. Not in the paper: Zhang et al. 2025 (ICLR).
-
-    Nothing is drawn or retrained: seed, lr and retrained are 0, and `summary` works as for the others.
-    """
+def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bits: int, s: Settings,
+                        known: Iterable[dict] = ()) -> Iterator[dict]:
+    """One cell, curves [before, after] `quantise`; seed, lr and retrained are 0. Zhang et al. 2025 (ICLR)."""
     cell = {"kind": "quantise", "bits": bits, "seed": 0, "lr": 0.0, "n": len(pool), "retrained": 0}
-    yield attacked(model, tokenizer, cell, (quantise(model, bits) for _ in range(1)), pool, eval_size, known)
+    if pool:
+        changes = (quantise(model, bits) for _ in range(1))
+        yield attacked(model, tokenizer, cell, changes, pool, s.eval_batch, known)
 
 
-def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], s, report: Callable[[str, dict], None],
-            known: tuple | list = ()) -> dict[str, dict]:
-    """{column of the table: `summary`} of every attack that the settings `s` ask for; report(column, cell) as each cell
-    ends. An impossible attack is a column that says why."""
-    same = {"seeds": s.attack_seeds, "size": s.attack_batch, "seed": s.seed, "rank": s.attack_rank, "known": known,
-            "eval_size": s.eval_batch}
-    columns = {f"Harmful p = {p:g}": harmful_attack(model, tokenizer, pool, p, s.attack_lrs, epochs=s.attack_epochs,
-                                                    **same) for p in s.p}
-    if s.benign:
-        columns["Benign"] = benign_attack(model, tokenizer, pool, load_alpaca(s.benign), s.benign_lrs,
-                                          limit=s.benign_rows, points=s.benign_points, **same)
-    columns |= {f"int{bits}": quantisation_attack(model, tokenizer, pool, bits, s.eval_batch, known) for bits in s.bits}
+def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: list[Example], s: Settings,
+            report: Callable[[str, dict], None], known: Iterable[dict] = ()) -> dict[str, dict]:
+    """{column of the table: `summary`} of every attack that `s` asks for; report(column, cell) as each cell ends."""
+    columns = {f"Harmful p = {p:g}": harmful_attack(model, tokenizer, pool, p, s, known) for p in s.p}
+    if instructions:
+        columns["Benign"] = benign_attack(model, tokenizer, pool, instructions, s, known)
+    for bits in s.bits or ():
+        columns[f"int{bits}"] = quantisation_attack(model, tokenizer, pool, bits, s, known)
+    found = {}
     for label, cells in columns.items():
         done = []
-        try:
-            for c in cells:
-                done.append(c)
-                report(label, c)
-            columns[label] = summary(done)
-        except (ValueError, FloatingPointError) as e:
-            columns[label] = {"percent": None, "why": str(e)}
-    return columns
+        for c in cells:
+            done.append(c)
+            report(label, c)
+        found[label] = summary(done)
+    return found
 
 
 def summary(cells: list[dict]) -> dict:
     """One table cell: per draw the maximum after the attack began, over points and rates; mean and spread over draws.
 
-    The interval is Wilson's at the mean with n of one draw: the draws share items, so n does not add up.
+    The interval is Wilson's at the mean with n of one draw: the draws share items, so n does not add up. Where no
+    cell was possible, or each one of a draw diverged, there is no percent but {"why"}.
     """
     draws = [[c for c in cells if c["seed"] == draw] for draw in sorted({c["seed"] for c in cells})]
-    best = [max(draw, key=lambda c: max(c["FS"][1:])) for draw in draws]
-    maxima, n = [max(c["FS"][1:]) for c in best], best[0]["n"]
-    recovery = {}
+    valid = [[c for c in draw if "failed" not in c] for draw in draws]
+    if not cells:
+        return {"why": "no item answered falsely is left to score"}
+    if not all(valid):
+        return {"why": next(c["failed"] for c in cells if "failed" in c)}
+    best = [max(draw, key=lambda c: max(c["FS"][1:])) for draw in valid]
+    maxima, recovery = [max(c["FS"][1:]) for c in best], {}
     for key in ("logp", "margin"):
-        recovery[f"{key}_before"] = statistics.mean(draw[0][key][0] for draw in draws)
-        recovery[f"{key}_max"] = statistics.mean(max(max(c[key][1:]) for c in draw) for draw in draws)
-    return {**wilson(statistics.mean(maxima), n), "sd": round(statistics.pstdev(maxima), 2), "draws": len(maxima),
-            "retrained": best[0]["retrained"], "lr_of_max": [c["lr"] for c in best], **recovery}
+        recovery[f"{key}_before"] = statistics.mean(draw[0][key][0] for draw in valid)
+        recovery[f"{key}_max"] = statistics.mean(max(max(c[key][1:]) for c in draw) for draw in valid)
+    return {**wilson(statistics.mean(maxima), best[0]["n"]), "sd": round(statistics.pstdev(maxima), 2),
+            "draws": len(maxima), "retrained": best[0]["retrained"], "lr_of_max": [c["lr"] for c in best],
+            "diverged": sum("failed" in c for c in cells), **recovery}
 
 
-@dataclass
-class Settings:
-    model: str = "runs/ssiuu-tiny"          # checkpoint directory or hub id; what it answers falsely is the pool
-    control: str = ""                       # attack these on the same items, with commas: original, never taught
-    forget: str = "data/faithun.json"       # FaithUn file, or TOFU's forget01
-    splits: str = ""                        # folder of its split files; empty: faithun_splits beside it
-    retain: str = ""                        # TOFU's retain99, where --forget is TOFU's forget01
-    p: tuple = (0.1, 0.3)                   # fractions of the pool to retrain on (6.2.2)
-    attack_lrs: tuple = (1e-5, 5e-6, 1e-6)  # learning rates of the harmful attack (6.2.2, D.2)
-    attack_epochs: int = 10                 # of the harmful attack; unpublished
-    attack_batch: int = 4                   # of both attacks; unpublished
-    attack_seeds: int = 3                   # draws (6.2.2: three runs)
-    attack_rank: int = 0                    # LoRA's r, not in the paper; 0: every weight is retrained
-    benign: str = "data/instructions.json"  # Alpaca file of the benign attack (6.2.2); empty: no benign attack
-    benign_lrs: tuple = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2, D.2)
-    benign_rows: int = 1000                 # rows a draw, one pass (6.2.2; the passes are unpublished)
-    benign_points: int = 5                  # scores in a pass; unpublished
-    bits: tuple = (8, 4)                    # attack by rounding the weights to so many bits; not in the paper
-    seed: int = 0                           # of the draws and the batches
-    save: str = ""                          # only write the model that the first p, rate and draw end in to this folder
-    eval_batch: int = 64                    # sequences at a time when scoring
-    device: str = "cpu"                     # cpu, cuda, cuda:1, ...
+def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings) -> None:
+    """Writes the model that the first p, rate and draw of the harmful attack end in, for evaluate.py --attacked."""
+    Path(s.save).mkdir(parents=True)  # what cannot be written ends before the work
+    rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
+    generator = torch.Generator().manual_seed(s.seed)
+    for loss in retrain(model, rows, s.attack_lrs[0], s.attack_epochs, s.attack_batch, generator, s.attack_rank):
+        print(f"{s.model}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
+    save(model, tokenizer, s.save)
 
 
 def main() -> None:
-    s = read_flags(Settings, __doc__)
-    check(s, save=(s.save, not s.save or not s.control and not Path(s.save).exists(), "a new folder, and no --control"),
-          attack_seeds=(s.attack_seeds, s.attack_seeds > 0, "at least 1"))
-    if s.benign:
-        load_alpaca(s.benign)  # before the work, not after it
-    (C_f, _, _), pool = splits_of(s.forget, s.splits, retain=s.retain), []
-    for name in (s.model, *filter(None, s.control.split(","))):
-        model, tokenizer = load(name, device=s.device)
-        pool = pool or falsely_answered(model, tokenizer, C_f, s.eval_batch)
-        if not pool:
-            raise ValueError(f"{name}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
-        if s.save:  # for evaluate.py --attacked
-            Path(s.save).mkdir(parents=True)  # what cannot be written ends before the work
-            rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
-            settings = s.attack_lrs[0], s.attack_epochs, s.attack_batch, torch.Generator().manual_seed(s.seed)
-            for loss in retrain(model, rows, *settings, s.attack_rank):
-                print(f"{name}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
-            return save(model, tokenizer, s.save)
-        found = attacks(model, tokenizer, pool, s, lambda _, c: print(json.dumps({"model": name, **c}), flush=True))
+    s, rows = read_flags(Settings, __doc__), []
+    if s.save and (s.control or Path(s.save).exists()):
+        refuse(f"--save: found {s.save!r}, expected a new folder, and no --control")
+    instructions = load_alpaca(s.benign) if s.benign else []
+    C_f, _, _ = splits_of(s)
+    model, tokenizer = load(s.model, device=s.device)
+    check_fits(model, tokenizer, C_f + instructions)
+    pool = falsely_answered(model, tokenizer, C_f, s.eval_batch)
+    if not pool:
+        refuse(f"{s.model}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
+    if s.save:
+        return save_attacked(model, tokenizer, pool, s)
+    for name in (s.model, *(s.control or ())):
+        if name != s.model:
+            model, tokenizer = load(name, device=s.device)
+        found = attacks(model, tokenizer, pool, instructions, s,
+                        lambda _, c: print(json.dumps({"model": name, **c}), flush=True))
+        rows.append([name, *(cell(x) for x in found.values())])
         for label, result in found.items():
             print(json.dumps({"model": name, "kind": "summary", "attack": label, **result}), flush=True)
+    print(markdown([["model", *found], *rows]), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,194 +1,228 @@
-"""Algorithm 1 as it runs, on the shipped tiny model: against literal double backward, and against itself resumed."""
-import weakref
+"""Algorithm 1 as it runs: every step's gradient against literal autograd, in float64, and a run against itself resumed."""
+import itertools
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from data import collate, encode, load_faithun
-from model import answer_logprob, load
 import ssiuu
-from ssiuu import (Settings, State, forget_step, load_state, penalised_backward, retain_step, save_state, scope_of,
-                   unlearn)
+from data import collate, encode
+from evaluate import influence
+from model import answer_logprob
+from ssiuu import METHODS, REFUSAL, Settings, begin, load_state, state_tensors, unlearn, write_tensors
+from toy import Letters, C_f, C_r, toy
 
-ROOT = Path(__file__).parent.parent
-S = Settings(lam=0.5, lr=1e-4, steps=3, tau=0.0)
-
-
-def model_and_rows(n=5):
-    model, tokenizer = load(ROOT / "data/tiny", dtype=torch.float64)
-    examples = load_faithun(ROOT / "data/faithun.json")[:n]
-    return model, tokenizer, examples, {i: encode(tokenizer, e.question, e.answers[0]) for i, e in enumerate(examples)}
+S = Settings(lam=0.5, lr=1e-3, steps=3, tau=0.0)
 
 
-def state_for(model, A_prev=None):
-    return State(torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), A_prev=A_prev or {})
+@pytest.fixture(autouse=True)
+def no_scoring(monkeypatch):
+    monkeypatch.setattr(ssiuu, "item_scores", lambda model, tokenizer, C, size: [1.0] * len(C))
 
 
-def previous(model, keys=(0,)):
-    torch.manual_seed(3)
-    return {key: [1e-3 * torch.randn_like(p) for p in model.parameters()] for key in keys}
+def rows_of(C):
+    return [encode(Letters(), e.question, e.answers[0]) for e in C]
 
 
-def literal(model, rows, A_prev, per_example=False):
-    """Eq. 8 by autograd, nothing of ssiuu.py: one graph for all, no fusing, no vector, no in-place step."""
-    phi, logp = list(model.parameters()), answer_logprob(model, collate(list(rows.values())))
-    sums = [x.exp() for x in logp] if per_example else [logp.exp().sum()]
-    A = [[p * g for p, g in zip(phi, torch.autograd.grad(P, phi, create_graph=True))] for P in sums]
-    I_neg = [sum(same) < 0 for same in zip(*A)]
-    J = logp.mean()
-    for a_list, prev in zip(A, A_prev.values()):
-        J = J + S.lam * sum(((a - q)[i] ** 2).sum() for a, q, i in zip(a_list, prev, I_neg))
-    return torch.autograd.grad(J, phi)
+class Literal:
+    """Alg. 1 l.13 by plain autograd on one graph for the whole batch, nothing of ssiuu.py, A_prev of its own."""
+    def __init__(self, s):
+        self.s, self.A_prev, original = s, None, toy()
+        self.rows, self.rows_r = rows_of(C_f), rows_of(C_r)[:]
+        self.refusals = [encode(Letters(), e.question, REFUSAL) for e in C_f]
+        with torch.no_grad():
+            self.ref, self.ref_w = (answer_logprob(original, collate(rows)) for rows in (self.rows, self.refusals))
+
+    def backbone(self, model, logp):
+        kind = self.s.backbone if self.s.method == "ssiuu" else self.s.method
+        ratio = logp - self.ref
+        if kind == "npo":
+            return 2 / self.s.beta * torch.log1p(torch.exp(self.s.beta * ratio)).mean()
+        if kind == "dpo":
+            lead = answer_logprob(model, collate(self.refusals)) - self.ref_w - ratio
+            return 2 / self.s.beta * torch.log1p(torch.exp(-self.s.beta * lead)).mean()
+        return logp.mean()
+
+    def gradient(self, model, b_r):
+        s, everything = self.s, list(model.parameters())
+        names = [n for n, _ in model.named_parameters()]
+        chosen = [i for i, n in enumerate(names) if s.scope == "all" or n.endswith("_proj.weight")]
+        phi, logp = [everything[i] for i in chosen], answer_logprob(model, collate(self.rows))
+        value = logp if s.target == "logprob" else logp.exp()
+        sums = list(value) if s.per_example else [value.sum()]
+        gs = [torch.autograd.grad(P, phi, create_graph=True) for P in sums]
+        A = [[p * (g.detach() if s.first_order else g) for p, g in zip(phi, each)] for each in gs]
+        J = self.backbone(model, logp)
+        if "ga" not in (s.backbone, s.method):
+            J = J - answer_logprob(model, collate([self.rows_r[i] for i in b_r])).mean()
+        if self.A_prev and s.method == "ssiuu":
+            I_neg = [sum(same) < 0 for same in zip(*A)]
+            for now, before in zip(A, self.A_prev):
+                J = J + s.lam * sum(((a - q)[i] ** 2).sum() for a, q, i in zip(now, before, I_neg))
+        if s.anchor == "previous" or self.A_prev is None:
+            self.A_prev = [[a.detach().clone() for a in each] for each in A]
+        return torch.autograd.grad(J, everything, allow_unused=True)
 
 
-def gradient(s, per_example=False):
-    model, _, _, rows = model_and_rows()
-    keys = list(rows) if per_example else [0]
-    state = state_for(model, previous(model, keys))
-    stats = forget_step(model, list(model.parameters()), rows, state, s)
-    return [p.grad for p in model.parameters()], literal(model, rows, previous(model, keys), per_example), stats, state
+def follow(s, monkeypatch):
+    """Runs `unlearn`; before each l.14 the gradient must be the oracle's. Returns the records."""
+    model, oracle, drawn = toy(), Literal(s), []
+    real = ssiuu.batches
+
+    def recorded(n, size, generator):
+        for items in real(n, size, generator):
+            drawn.append(items)
+            yield items
+
+    def compare(optimizer, args, kwargs):
+        found = [p.grad.clone() for p in model.parameters()]
+        for name, a, b in zip((n for n, _ in model.named_parameters()), found, oracle.gradient(model, drawn[-1])):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-11, msg=lambda m: f"{name}: {m}")
+        for p, g in zip(model.parameters(), found):
+            p.grad = g
+
+    monkeypatch.setattr(ssiuu, "batches", recorded)
+    state = begin(model, Letters(), C_f, s)
+    state.optimizer.register_step_pre_hook(compare)
+    return list(unlearn(model, Letters(), C_f, C_r, s, state))
 
 
-@pytest.mark.parametrize("micro", [0, 1, 2])
-def test_a_step_is_the_literal_gradient_whatever_the_micro_batch(micro):
-    ours, oracle, stats, _ = gradient(replace(S, micro_batch=micro))
-    for a, b in zip(ours, oracle):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
-    assert stats["L_SSIUU"] > 0 and 0 < stats["I_neg"] < 1
+@pytest.mark.parametrize("anchor, target, scope, first_order, how", list(itertools.product(
+    ["previous", "initial"], ["prob", "logprob"], ["all", "linear"], [False, True], ["one graph", "parts", "each"])))
+def test_each_steps_gradient_is_literal_autograds(anchor, target, scope, first_order, how, monkeypatch):
+    s = replace(S, anchor=anchor, target=target, scope=scope, first_order=first_order, per_example=how == "each",
+                micro_batch=2 if how == "parts" else None)
+    records = follow(s, monkeypatch)
+    assert records[0]["L_SSIUU"] == 0 < records[2]["L_SSIUU"] and 0 < records[1]["I_neg"] < 1
 
 
-@pytest.mark.parametrize("per_example", [False, True])
-def test_of_several_micro_batches_one_graph_lives_at_a_time(per_example):
-    model, _, _, rows = model_and_rows(3)
-    phi, parts, alive = list(model.parameters()), [], []
-
-    def graph(part):
-        assert not any(g() is not None for g in alive)
-        parts.append(part)
-        logp = answer_logprob(model, collate([rows[i] for i in part]))
-        g = torch.autograd.grad(logp.exp().sum(), phi, create_graph=True)
-        alive[:] = map(weakref.ref, g)
-        return logp.mean(), list(g)
-
-    A_prev = previous(model, range(3) if per_example else (0,))
-    penalised_backward(graph, [[0], [1], [2]], phi, A_prev, replace(S, per_example=per_example))
-    assert parts == [[0], [1], [2]] * 2
-
-
-def test_the_run_stops_by_the_score_it_logs(monkeypatch):
-    """1/3 is logged as 33.33: with tau = 0.3333 a run that went by the unrounded score would not stop."""
-    model, tokenizer, examples, _ = model_and_rows(3)
-    monkeypatch.setattr(ssiuu, "item_scores", lambda *args: [True, False, False])
-    s = replace(S, method="gd", tau=0.3333)
-    log = list(unlearn(model, tokenizer, examples, examples, s, state_for(model)))
-    assert [r["FS"] for r in log] == [33.33]
-
-
-def test_per_example_is_the_literal_gradient_of_eq6():
-    ours, oracle, _, state = gradient(replace(S, per_example=True), per_example=True)
-    for a, b in zip(ours, oracle):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
-    assert set(state.A_prev) == set(range(5))
-    batch = gradient(S)[0]
-    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(ours, batch))  # the two readings differ
-
-
-@pytest.mark.parametrize("change", [dict(target="logprob"), dict(first_order=True), dict(lam=0.0)])
-def test_options_change_the_gradient(change):
-    ours, oracle, _, _ = gradient(replace(S, **change))
-    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(ours, oracle))
-
-
-def test_anchor_initial_keeps_the_first_attribution():
-    model, _, _, rows = model_and_rows()
-    for anchor, kept in (("initial", True), ("previous", False)):
-        state, before = state_for(model, previous(model)), previous(model)
-        forget_step(model, list(model.parameters()), rows, state, replace(S, anchor=anchor))
-        assert all(torch.equal(a, b) for a, b in zip(state.A_prev[0], before[0])) is kept
-
-
-def test_A_prev_is_parameter_times_gradient_and_the_first_step_has_no_penalty():
-    model, _, _, rows = model_and_rows()
-    state = state_for(model)
-    forget_step(model, list(model.parameters()), rows, state, S)
-    first = [p.grad.clone() for p in model.parameters()]
-    logp = answer_logprob(model, collate(list(rows.values())))
-    plain = torch.autograd.grad(logp.mean(), list(model.parameters()), retain_graph=True)
-    g = torch.autograd.grad(logp.exp().sum(), list(model.parameters()))
-    for p, a, f, q, x in zip(model.parameters(), state.A_prev[0], first, plain, g):
-        torch.testing.assert_close(a, p.detach() * x, rtol=1e-10, atol=1e-14)
-        torch.testing.assert_close(f, q, rtol=1e-10, atol=1e-14)
-
-
-def test_scope_linear_leaves_out_embeddings_and_norms():
-    model, _, _, _ = model_and_rows()
-    names = [n for n, p in model.named_parameters() if any(p is q for q in scope_of(model, "linear"))]
-    assert len(names) == 7 * 4 and all(n.split(".")[-2] in {f"{k}_proj" for k in "q k v o gate up down".split()} for n in names)
-
-
-def test_retain_step_sums_over_micro_batches():
-    model, _, _, rows = model_and_rows()
-    grads = []
-    for micro in (0, 2):
-        model.zero_grad()
-        retain_step(model, list(rows.values()), replace(S, micro_batch=micro))
-        grads.append([p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+@pytest.mark.parametrize("method, backbone", [("ga", "gd"), ("gd", "gd"), ("npo", "gd"), ("dpo", "gd"), ("ssiuu", "ga"),
+                                              ("ssiuu", "npo"), ("ssiuu", "dpo")])
+@pytest.mark.parametrize("micro", [None, 2])
+def test_every_backbone_with_and_without_the_penalty(method, backbone, micro, monkeypatch):
+    records = follow(replace(S, method=method, backbone=backbone, micro_batch=micro, beta=0.2), monkeypatch)
+    assert len(records) == 3 and (method != "ssiuu" or records[2]["L_SSIUU"] > 0)
 
 
 def weights_after(s, tmp_path=None, cut=0):
-    """Weights after s.steps steps in float32; with `cut`, through a saved state and a freshly loaded model."""
-    records, state = [], None
+    """Weights and records of s.steps steps; with `cut`, through a saved state and a freshly loaded model."""
+    records = []
     for steps in [cut, s.steps] if cut else [s.steps]:
-        model, tokenizer = load(ROOT / "data/tiny")
-        state = State(torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True))
+        model = toy(torch.float32)
+        state = begin(model, Letters(), C_f, s)
         if records:
-            load_state(tmp_path / "state.safetensors", model, state)
-        examples = load_faithun(ROOT / "data/faithun.json")
-        records += unlearn(model, tokenizer, examples[:6], examples[6:20], replace(s, steps=steps), state)
+            load_state(tmp_path / "state.safetensors", model, state, s)
+        records += unlearn(model, Letters(), C_f, C_r, replace(s, steps=steps), state)
         if tmp_path:
-            save_state(tmp_path / "state.safetensors", model, state)
+            write_tensors(tmp_path / "state.safetensors", state_tensors(model, state), {"t": str(state.t)})
     return [p.detach().clone() for p in model.parameters()], records
 
 
-@pytest.mark.parametrize("method", ["ssiuu", "gd"])
-def test_four_steps_are_two_resumed_and_two_bit_for_bit(tmp_path, method):
-    s = replace(S, steps=4, batch_size=4, method=method)
+@pytest.mark.parametrize("change", [{}, {"method": "gd"}, {"method": "npo"}, {"method": "rmu"}, {"method": "klue"},
+                                    {"per_example": True}, {"anchor": "initial", "batch_size": None}])
+def test_four_steps_are_two_resumed_and_two_bit_for_bit(tmp_path, change):
+    s = replace(S, **{"steps": 4, "batch_size": 3, **change})
     once, log = weights_after(s)
     again, log_again = weights_after(s, tmp_path, cut=2)
     assert all(torch.equal(a, b) for a, b in zip(once, again))
-    assert [r["L"] for r in log] == [r["L"] for r in log_again] and [r["t"] for r in log] == [1, 2, 3, 4]
+    assert [r["L"] for r in log] == [r["L"] for r in log_again] and [r["t"] for r in log_again] == [1, 2, 3, 4]
+
+
+def test_a_state_that_is_not_this_runs_is_refused(tmp_path):
+    weights_after(replace(S, steps=1), tmp_path)
+    for change in ({"method": "gd"}, {"method": "rmu"}, {"scope": "linear"}):
+        s = replace(S, **change)
+        model = toy(torch.float32)
+        with pytest.raises(ValueError, match="state.safetensors: .* not expected"):
+            load_state(tmp_path / "state.safetensors", model, begin(model, Letters(), C_f, s), s)
 
 
 def test_lambda_zero_is_gd_and_a_seed_repeats_bit_for_bit():
     gd, zero, again = (weights_after(replace(S, method=m, lam=0.0))[0] for m in ("gd", "ssiuu", "ssiuu"))
-    penalised, _ = weights_after(replace(S, lam=1.0))
-    assert all(torch.equal(a, b) for a, b in zip(gd, zero))
-    assert all(torch.equal(a, b) for a, b in zip(zero, again))
+    penalised, _ = weights_after(S)
+    assert all(torch.equal(a, b) for a, b in zip(gd, zero)) and all(torch.equal(a, b) for a, b in zip(zero, again))
     assert not all(torch.equal(a, b) for a, b in zip(zero, penalised))
 
 
-def test_unlearning_stops_at_the_threshold():
-    _, records = weights_after(replace(S, steps=40, tau=0.5, lr=1e-3))
-    assert records[-1]["FS"] <= 50 and all(r["FS"] > 50 for r in records[:-1])
+@pytest.mark.parametrize("tau, stops", [(0.3333, True), (0.3332, False), (0.333, False), (1.0, True)])
+def test_the_run_stops_by_the_score_it_logs(tau, stops, monkeypatch):
+    """1/3 is logged as 33.33: with tau = 0.3333 a run that went by the unrounded score would not stop."""
+    monkeypatch.setattr(ssiuu, "item_scores", lambda *args: [1.0, 0.0, 0.0])
+    records = weights_after(replace(S, tau=tau))[1]
+    assert len(records) == (1 if stops else 3) and records[0]["FS"] == 33.33
 
 
-def test_measuring_against_the_literal_gradient():
-    measured, whole, stats, _ = gradient(replace(S, measure=True))
-    assert all(torch.equal(a, b) for a, b in zip(measured, gradient(S)[0]))  # looking changes nothing
-    model, _, _, rows = model_and_rows()
-    phi, logp = list(model.parameters()), answer_logprob(model, collate(list(rows.values())))
-    L = torch.autograd.grad(logp.mean(), phi, retain_graph=True)
-    g = torch.autograd.grad(logp.exp().sum(), phi, create_graph=True)
-    first = []  # the penalty's gradient where g is a constant
-    for p, gp, q in zip(phi, g, previous(model)[0]):
-        w = p.detach().clone().requires_grad_()
-        a = w * gp.detach()
-        first.append(torch.autograd.grad(S.lam * ((a - q)[a < 0] ** 2).sum(), w)[0])
-    flat = [torch.cat([x.flatten() for x in xs]).double() for xs in ([a - b for a, b in zip(whole, L)], first, L)]
-    assert stats["penalty_ratio"] == pytest.approx((flat[0].norm() / flat[2].norm()).item(), rel=1e-6)
-    cos = torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0).item()
-    assert stats["first_order_cos"] == pytest.approx(cos, abs=1e-6) and abs(cos) < 0.999
+def test_tau_is_compared_in_decimals(monkeypatch):
+    monkeypatch.setattr(ssiuu, "item_scores", lambda *args: [1.0] * 29 + [0.0] * 71)
+    assert len(weights_after(replace(S, tau=0.29))[1]) == 1  # 100 * 0.29 is 28.999999999999996
+
+
+def test_a_run_that_diverges_says_so():
+    with pytest.raises(FloatingPointError, match="lower --lr"):
+        weights_after(replace(S, lam=1e39))
+
+
+@pytest.mark.parametrize("method", ["klue", "random"])
+def test_masked_methods_move_a_share_of_the_ffn_rows_and_nothing_else(method):
+    model = toy(torch.float32)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    s = replace(S, method=method)
+    state = begin(model, Letters(), C_f, s)
+    list(unlearn(model, Letters(), C_f, C_r, s, state))
+    masks = dict(zip([n for n in before if ".mlp." in n], state.masks))
+    for name, p in model.named_parameters():
+        rows = (p.detach() != before[name]).flatten(1).any(1) if p.dim() > 1 else p.detach() != before[name]
+        assert not (rows & ~masks[name][:, 0]).any() if name in masks else not rows.any(), name
+    assert sum(m.sum() for m in state.masks) == round(0.1 * sum(len(m) for m in state.masks))
+
+
+def test_klue_ranks_by_attribution_less_what_any_question_shows():
+    model, s = toy(torch.float32), replace(S, method="klue")
+    mask = torch.cat(begin(model, Letters(), C_f, s).masks)[:, 0]
+    A = influence(model, rows_of(C_f), ssiuu.FFN)
+    A = torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()])
+    assert A[mask].mean() > A[~mask].mean()
+    other = torch.cat(begin(model, Letters(), C_f, replace(S, method="random")).masks)[:, 0]
+    assert mask.sum() == other.sum() and not torch.equal(mask, other)
+
+
+def test_rmu_counts_real_tokens_only_and_moves_down_proj_alone():
+    s, model, frozen = replace(S, method="rmu", rmu_alpha=7.0), toy(), toy()
+    state, rows = begin(model, Letters(), C_f, s), [*rows_of(C_f), *rows_of(C_r)]
+    W = [p for p in model.parameters() if p.requires_grad]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)]
+    for w in W:  # as after some steps: the frozen model is no longer this one
+        w.data += 0.05 * torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(1))
+    ssiuu.rmu_step(model, W, collate(rows[:5]), collate(rows[5:]), state.steer, s.rmu_alpha)
+
+    def h(m, row):  # one at a time: no padding anywhere; block l = 1 is the last
+        return m.hidden(torch.tensor([row[0]]), blocks=2)[0]
+
+    pull = torch.cat([h(model, r) for r in rows[:5]]) - 20 * state.steer[0]
+    keep = torch.cat([h(model, r) - h(frozen, r).detach() for r in rows[5:]])
+    oracle = torch.autograd.grad(pull.square().mean() + 7 * keep.square().mean(), W)
+    for w, o in zip(W, oracle):
+        torch.testing.assert_close(w.grad, o, rtol=1e-8, atol=1e-12)
+    assert state.steer[0].min() >= 0 and state.steer[0].norm().item() == pytest.approx(1)
+
+
+def test_every_function_of_the_block_is_entered_by_the_command(monkeypatch):
+    """A default step twice (t = 1 and 2) and a step of each baseline, through `unlearn`."""
+    block = re.split(r"^# ====.*\n", Path(ssiuu.__file__).read_text(), flags=re.M)[1]
+    names, entered = set(re.findall(r"^def (\w+)", block, re.M)), set()
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename == ssiuu.__file__:
+            entered.add(frame.f_code.co_name)
+
+    sys.setprofile(trace)
+    try:
+        for method in METHODS:
+            weights_after(replace(S, method=method, steps=2))
+    finally:
+        sys.setprofile(None)
+    assert len(names) > 10 and names <= entered, names - entered
