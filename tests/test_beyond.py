@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "data/results"))
 
 import beyond_paper  # noqa: E402
 from beyond_paper import (ablation, agreement, auc, causal_test, extremes, influence_of_wholes,  # noqa: E402
-                          integrated_gradients, largest, membership, sample_neurons, silenced,
+                          integrated_gradients, largest, membership, ranks, sample_neurons, silenced,
                           three_attributions)
 from data import collate, encode, load_faithun, split  # noqa: E402
 from evaluate import MODULES, answered, margin, neuron_attribution  # noqa: E402
@@ -117,6 +117,11 @@ def test_sampled_neurons_are_seeded_and_spread_over_blocks(plain):
     other = sample_neurons(model, 2, 5, 1)
     assert any(not torch.equal(chosen, other[name]) for name, chosen in picks.items())
     assert len(sample_neurons(model, 9, 5, 0)) == 4 * len(MODULES)  # no more blocks than there are
+
+
+def test_ranks_share_ties():
+    assert ranks(torch.tensor([5.0, 1.0, 5.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
+    assert ranks(torch.tensor([0.3, -1.0, 7.0])).tolist() == [1, 0, 2]
 
 
 def test_agreement_of_attributions_by_hand():

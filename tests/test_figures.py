@@ -138,6 +138,19 @@ def test_figure_7_is_lambda_and_the_rates(folders):
                          "SSIUU λ=0.1, n = 21": [30.5, 60.5]}
 
 
+def test_a_rate_at_which_the_attack_diverges_has_no_point(tmp_path):
+    folder = Path(a_run(tmp_path / "a", 1, method="gd"))
+    cells = [a_cell(1e-5, 0, [0, 5, 9]), a_cell(1e-2, 0, [0, 7, 3])]
+    failed = a_cell(1.0, 0, []) | {"failed": "loss is nan"}
+    for name in ("FS", "logp", "margin"):
+        del failed[name]
+    write(folder / "log.jsonl", "".join(json.dumps(cell) + "\n" for cell in (*cells, failed)))
+    run, = figures.read_runs([str(folder)])
+    assert run.cells[-1] == failed
+    ax, = figures.figure_7([run]).axes
+    assert curves(ax) == {"GD, n = 21": [9, 7]}
+
+
 def test_what_no_run_holds_is_skipped(tmp_path, command, capsys):
     folder = Path(a_run(tmp_path / "a", 1, method="gd"))
     for name in ("analysis.json", "beyond.json", "log.jsonl"):
@@ -196,12 +209,10 @@ def test_another_layout_names_the_file(tmp_path, name, change, message):
 
 def test_errors_end_in_one_line(tmp_path, command, monkeypatch):
     write(tmp_path / "table.json", {"rows": {"gd": {"RS": None}}})
-    for flags, message in ((["no/such"], "no/such/result.json"),
+    for flags, message in (([], "nothing to draw"), (["--what"], "--what"), (["no/such"], "no/such/result"),
                            (["--table", tmp_path / "table.json"], "no row holds")):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             figures.run_command(lambda: command(*flags))
-    with pytest.raises(SystemExit, match="2"):
-        command()
 
 
 def test_without_matplotlib_one_line_says_what_to_install(folders, monkeypatch):

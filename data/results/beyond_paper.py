@@ -22,11 +22,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Batch, Example, collate, encode, load_faithun, load_tofu  # noqa: E402
-from evaluate import (MODULES, accuracy, check, correlation, distractors, hiding, hooked,  # noqa: E402
-                      influence, influence_variation, margin, neuron_attribution, ranks, read_flags, run,
+from data import Batch, Example, check_fits, collate, encode, load_faithun, load_tofu  # noqa: E402
+from evaluate import (MODULES, Data, accuracy, correlation, distractors, hiding, hooked,  # noqa: E402
+                      influence, influence_variation, margin, neuron_attribution, read_flags, refuse, run,
                       splits_of, wilson)
-from model import LM, Tokenizer, answer_logprob, load, vocabulary_logprob, write_json  # noqa: E402
+from model import LM, Count, Tokenizer, answer_logprob, load, vocabulary_logprob, write_json  # noqa: E402
 
 # ------------------------------------------------------------------------------- does it move elsewhere?
 
@@ -121,6 +121,12 @@ def sample_neurons(model: LM, blocks: int, neurons: int, seed: int) -> dict[str,
     return picks
 
 
+def ranks(a: Tensor) -> Tensor:  # (n,)
+    """0 to n-1; `correlation` of ranks is Spearman's. Equal values share their mean rank."""
+    _, place, count = a.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count + 1) / 2)[place]
+
+
 def agreement(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict:
     """Is D- above D+ under each kind of `three_attributions`, over all neurons sampled? And Spearman's rank
     correlation of the kinds, each neuron's sum over tokens averaged over items."""
@@ -150,14 +156,14 @@ def largest(D_neg: dict[str, Tensor], m: int) -> dict[str, Tensor]:
 
 
 def causal_test(model: LM, tokenizer: Tokenizer, examples: list[Example], D_neg: dict[str, Tensor], m: int,
-                draws: int = 3) -> dict:
+                draws: int = 3, size: int = 64) -> dict:
     """FS and margin with the m neurons of largest D_neg silent; and with as many random ones in each module.
 
     If those neurons hide the facts, FS comes back without them, and not without the random ones.
     """
     def score(silent: dict[str, Tensor]) -> tuple[dict, float]:
         with silenced(model, {name: mask.to(model.device) for name, mask in silent.items()}):
-            return accuracy(model, tokenizer, examples), margin(model, tokenizer, examples)[1]
+            return accuracy(model, tokenizer, examples, size), margin(model, tokenizer, examples, size)[1]
 
     hit = largest(D_neg, m)
     FS, lead = score(hit)
@@ -209,57 +215,50 @@ def auc(members: list[float], others: list[float]) -> dict:
 
 
 @dataclass
-class Settings:
-    model: str = ""                       # unused: the checkpoints are --before and --after
-    before: str = "data/tiny"             # the model before unlearning
-    after: str = "runs/ssiuu-tiny"        # ... and after it
-    attacked: str = ""                    # ... and after an attack (attack.py --save), for membership only
-    forget: str = "data/faithun.json"     # FaithUn file, or TOFU's forget01
-    retain: str = ""                      # TOFU's retain99, where --forget is TOFU's
-    splits: str = ""                      # folder of its split files; empty: faithun_splits beside it
-    unseen: str = ""                      # facts no model saw, for membership; empty: wrong answers
-    ms: tuple = (10, 30, 100, 300, 1000)  # silence so many of the neurons with the largest D-
-    items: int = 8                        # compare three attributions on so many items, at least 2
-    blocks: int = 6                       # ... in so many blocks, evenly spaced
-    neurons: int = 8                      # ... on so many neurons of each of their modules, at random
-    steps: int = 64                       # ... and with so many steps of integrated gradients
-    seed: int = 0                         # of the distractors and the sampled neurons
-    out: str = ""                         # folder for beyond.json; empty: --after
-    device: str = "cpu"                   # cpu, cuda, cuda:1, ...
+class Settings(Data):
+    before: str | None = None            # the model before unlearning; --model
+    after: str = "runs/ssiuu-tiny"       # ... and after it
+    attacked: str | None = None          # ... and after an attack (attack.py --save), for membership only
+    unseen: str | None = None            # facts no model saw, for membership; the questions, wrong answers
+    ms: tuple[Count, ...] = (10, 30, 100, 300, 1000)  # silence so many of the neurons with the largest D-
+    items: Count = 8                     # compare three attributions on so many items, at least 2
+    blocks: Count = 6                    # ... in so many blocks, evenly spaced
+    neurons: Count = 8                   # ... on so many neurons of each of their modules, at random
+    steps: Count = 64                    # ... and with so many steps of integrated gradients
+    out: str | None = None               # folder for beyond.json; --after
 
 
 def facts(s: Settings) -> tuple[list[Example], list[Example]]:
     """C_f, and what no model saw: the facts of --unseen, or C_f's questions with wrong answers."""
-    C_f, unseen = splits_of(s.forget, s.splits, 0, s.retain)[0], []
+    C_f, unseen = splits_of(s)[0], []
     if s.unseen:
         unseen = load_tofu(s.unseen) if s.retain else load_faithun(s.unseen)
     for path, examples in ((s.forget, C_f), (s.unseen, unseen)):
         if path and len({e.answers[0] for e in examples}) < 2:
-            raise ValueError(f"{path}: found {len(examples)} items, expected at least two different answers")
+            refuse(f"{path}: found {len(examples)} items, expected at least two different answers")
     return C_f, unseen or distractors(C_f, s.seed)
 
 
-def check_settings(s: Settings, items: int) -> None:
+def check_settings(s: Settings, C_f: list[Example], unseen: list[Example]) -> None:
     """ValueError, before hours of work, for settings that cannot be met."""
-    check(s)
-    if min(*s.ms, s.blocks, s.neurons, s.steps) < 1:
-        raise ValueError("--ms, --blocks, --neurons, --steps: expected numbers of at least 1")
-    if not 2 <= s.items <= items:
-        raise ValueError(f"--items: found {s.items}, expected from 2 to the forget set's {items}")
+    if not 2 <= s.items <= len(C_f):
+        refuse(f"--items: found {s.items}, expected from 2 to the forget set's {len(C_f)}")
     if not s.out and not Path(s.after).is_dir():
-        raise ValueError(f"--after: found {s.after!r}, expected a folder, or --out to name one")
+        refuse(f"--after: found {s.after!r}, expected a folder, or --out to name one")
     shapes = {}
-    for path in paths(s).values():
-        shapes[path] = {name: p.shape for name, p in load(path)[0].named_parameters()}
-        if shapes[path] != shapes[s.before]:
-            raise ValueError(f"{path}: found other shapes than in {s.before}, expected the same model later")
-    neurons = sum(shape[0] for name, shape in shapes[s.before].items() if name.endswith("_proj.weight"))
+    for name, path in paths(s).items():
+        model, tokenizer = load(path)
+        check_fits(model, tokenizer, C_f + unseen)
+        shapes[name] = {weight: p.shape for weight, p in model.named_parameters()}
+        if shapes[name] != shapes["before"]:
+            refuse(f"{path}: found other weights than before unlearning, expected the same model later")
+    neurons = sum(shape[0] for weight, shape in shapes["before"].items() if weight.endswith("_proj.weight"))
     if 2 * max(s.ms) > neurons:
-        raise ValueError(f"--ms: found {max(s.ms)}, expected at most half of the model's {neurons} neurons")
+        refuse(f"--ms: found {max(s.ms)}, expected at most half of the model's {neurons} neurons")
 
 
 def paths(s: Settings) -> dict[str, str]:
-    found = {"before": s.before, "after": s.after, "attacked": s.attacked}
+    found = {"before": s.before or s.model, "after": s.after, "attacked": s.attacked}
     return {name: path for name, path in found.items() if path}
 
 
@@ -274,11 +273,11 @@ def told_apart(model: LM, rows: list, strangers: list) -> dict[str, dict]:
 
 
 def causal_tests(model: LM, tokenizer: Tokenizer, C_f: list[Example], before: dict[str, Tensor],
-                 after: dict[str, Tensor], ms: tuple) -> list[dict]:
-    """`causal_test` for each m, from `influence` before and after unlearning."""
+                 after: dict[str, Tensor], s: Settings) -> list[dict]:
+    """`causal_test` for each of --ms, from `influence` before and after unlearning."""
     D_neg, found = {name: influence_variation(before[name], after[name])[1] for name in before}, []
-    for m in ms:
-        found.append(causal_test(model, tokenizer, C_f, D_neg, m))
+    for m in s.ms:
+        found.append(causal_test(model, tokenizer, C_f, D_neg, m, size=s.eval_batch))
         print(causal_line(found[-1]), flush=True)
     return found
 
@@ -291,11 +290,11 @@ def analyse(s: Settings, C_f: list[Example], unseen: list[Example]) -> dict:
         rows = encoded(tokenizer, C_f)
         apart[name] = told_apart(model, rows, encoded(tokenizer, unseen))
         if name != "attacked":
-            neuron[name], wholes[name] = influence(model, rows)["neuron"], influence_of_wholes(model, rows)
+            neuron[name], wholes[name] = influence(model, rows), influence_of_wholes(model, rows)
             picks = sample_neurons(model, s.blocks, s.neurons, s.seed)
             three[name] = three_attributions(model, rows[:s.items], picks, s.steps)
         if name == "after":
-            causal = causal_tests(model, tokenizer, C_f, neuron["before"], neuron["after"], s.ms)
+            causal = causal_tests(model, tokenizer, C_f, neuron["before"], neuron["after"], s)
         print(f"{name} {path}: {time.time() - start:.0f}s", flush=True)
     levels = {level: hiding(x, wholes["after"][level]) for level, x in wholes["before"].items()}
     return {"n": len(C_f), "forget": s.forget, "unseen": s.unseen or "the questions, wrong answers",
@@ -335,7 +334,7 @@ def summary(r: dict) -> str:
 def main() -> None:
     s = read_flags(Settings, __doc__)
     C_f, unseen = facts(s)
-    check_settings(s, len(C_f))
+    check_settings(s, C_f, unseen)
     folder = Path(s.out or s.after)
     folder.mkdir(parents=True, exist_ok=True)  # not after hours of work
     result = analyse(s, C_f, unseen)

@@ -8,7 +8,6 @@ A run's folder holds result.json and log.jsonl (ssiuu.py), for Figures 3 to 6 an
 numbers is skipped.
 """
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -26,8 +25,8 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from attack import summary  # noqa: E402
-from evaluate import run as run_command  # noqa: E402
-from model import read_json, wanted  # noqa: E402
+from evaluate import refuse, run as run_command  # noqa: E402
+from model import parse, read_json, read_text, wanted  # noqa: E402
 
 # Okabe and Ito's colours, and grey; their black stands for the model before unlearning.
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999")
@@ -87,12 +86,9 @@ def read_optional(path: Path, layout: dict, made_by: str) -> dict:
 def read_cells(path: Path) -> list[dict]:
     """The cells of the retraining attacks, without those of control models."""
     cells = []
-    lines = path.read_text().split("\n") if path.is_file() else []
+    lines = read_text(path).split("\n") if path.is_file() else []
     for i, line in enumerate(lines[:-1], 1):  # what follows the last line break was cut off by a kill
-        try:
-            cell = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{path} line {i}: not JSON ({e})") from None
+        cell = parse(line, f"{path} line {i}")
         if isinstance(cell, dict) and cell.get("kind") in ("harmful", "benign") and not cell.get("control"):
             layout = CELL if "failed" in cell else CELL | CURVES
             check_layout(cell, layout, f"{path} line {i}", "ssiuu.py")
@@ -499,9 +495,11 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run")
     parser.add_argument("--table", help="table.json of runs over forget sets, for recovery.png")
     parser.add_argument("--out", default="runs/figures", help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--traceback", action="store_true", help="show where an unforeseen error came from")
+    parser.error = refuse
     flags = parser.parse_args()
     if not flags.runs and not flags.table:
-        parser.error("found nothing to draw, expected folders of runs or --table")
+        refuse("found nothing to draw, expected folders of runs or --table")
     return flags
 
 
