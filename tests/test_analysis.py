@@ -17,9 +17,9 @@ import attack
 import evaluate
 from attack import harmful_attack
 from data import collate, encode, load_faithun, split
-from evaluate import (MODULES, answered, by_module, by_rank, correlation, decades, distractors, hiding, influence,
-                      influence_variation, intervals, logit_lens, margin, neuron_attribution, ranks, runs_table, stability, top)
-from model import load, save
+from evaluate import (FFN, MODULES, answered, by_module, by_rank, correlation, decades, distractors, hiding, influence,
+                      influence_variation, intervals, logit_lens, margin, neuron_attribution, stability, top)
+from model import answer_logprob, load, save
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -51,23 +51,44 @@ def test_influence_variation_by_hand():
     assert hiding(before, before)["share"] == [0.5, 0.5, 0.5]  # nothing changed: neither
 
 
-def test_influence_is_the_extreme_over_tokens_of_neurons_heads_and_modules(tiny):
+def test_influence_is_the_extreme_over_tokens(tiny):
     model, _, rows = tiny
-    found = influence(model, rows[:2], levels=("neuron", "head", "module"))
+    found = influence(model, rows[:2])
     for i, row in enumerate(rows[:2]):
         for name, A in neuron_attribution(model, collate([row])).items():
             A = A[0].tolist()
             assert not any(A[-1])  # the end token predicts nothing
             columns = list(zip(*A[:-1]))
-            assert found["neuron"][name][0, i].tolist() == [max(c) for c in columns]
-            assert found["neuron"][name][1, i].tolist() == [min(c) for c in columns]
-            whole = [math.fsum(tokens) for tokens in A[:-1]]
-            assert found["module"][name][:, i, 0].tolist() == pytest.approx([max(whole), min(whole)])
-            if name.endswith("k_proj"):  # two heads of 32
-                heads = [[math.fsum(tokens[32 * h:32 * h + 32]) for tokens in A[:-1]] for h in (0, 1)]
-                assert found["head"][name][0, i].tolist() == pytest.approx([max(h) for h in heads])
-    assert not any(name.endswith(MODULES[3:]) for name in found["head"])
-    assert found["neuron"]["model.layers.0.mlp.up_proj"].shape == (2, 2, 512)
+            assert found[name][0, i].tolist() == [max(c) for c in columns]
+            assert found[name][1, i].tolist() == [min(c) for c in columns]
+    assert found["model.layers.0.mlp.up_proj"].shape == (2, 2, 512)
+
+
+def test_neuron_attribution_is_what_nudging_a_neuron_does_and_a_batch_is_one_at_a_time(tiny):
+    model, _, rows = tiny
+    rows = [rows[0], rows[3], rows[5]]
+    batch = collate(rows)
+    A = neuron_attribution(model, batch)
+    assert len(A) == 7 * 4 and list(neuron_attribution(model, batch, FFN)) == [n for n in A if n.endswith(FFN)]
+    for name, a in A.items():
+        assert not a[~batch.real()].any()
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(a[i, :len(row[0])], neuron_attribution(model, collate([row]))[name][0])
+    for name in ("model.layers.1.self_attn.k_proj", "model.layers.3.mlp.up_proj", "model.layers.2.mlp.down_proj"):
+        k, n = divmod(A[name][0].abs().argmax().item(), A[name].shape[2])
+
+        def P(step):
+            def nudge(_, x, out):
+                kept.append(out.view(3, batch.ids.shape[1], -1)[0, k, n].item())
+                out = out.clone()
+                out.view(3, batch.ids.shape[1], -1)[0, k, n] += step
+                return out
+            kept, hook = [], model.get_submodule(name).register_forward_hook(nudge)
+            p = answer_logprob(model, batch).exp().sum().item()
+            hook.remove()
+            return p, kept[0]
+        (up, h), (down, _) = P(1e-4), P(-1e-4)
+        assert A[name][0, k, n].item() == pytest.approx(h * (up - down) / 2e-4, rel=1e-5)
 
 
 def test_attribution_equals_transformers_hooks(tmp_path):
@@ -117,16 +138,15 @@ def test_distractors_are_wrong_and_seeded():
         assert distractors([e, *C_f])[0].answers[0] not in e.answers
 
 
-def test_intervals_are_the_jackknifes_and_ranks_share_ties():
+def test_intervals_are_the_jackknifes():
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(40, generator=draw)
     (mean, low, high), (ratio, *edge) = intervals(lambda i: [x[i].mean().item(), x[i].std().item() / x[i].mean().item()], 40)
     assert mean == pytest.approx(x.mean().item()) and edge[0] < ratio < edge[1]
     for bound, side in ((low, -1), (high, 1)):  # of a mean the jackknife's standard error is the textbook's
         assert bound == pytest.approx(mean + side * 1.96 * x.std().item() / 40 ** 0.5)
-    assert ranks(torch.tensor([5.0, 1.0, 5.0, 2.0])).tolist() == [2.5, 0.0, 2.5, 1.0]
     a = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert correlation(a, -3 * a + 1) == pytest.approx(-1) and correlation(ranks(a), ranks(a.exp())) == pytest.approx(1)
+    assert correlation(a, -3 * a + 1) == pytest.approx(-1)
     assert correlation(a, torch.ones(4)) == 0
     assert decades(7) == [1, 2, 5, 7] and decades(10) == [1, 2, 5, 10] and top(a, 2) == 7 and top(a, 9) == 10
 
@@ -161,7 +181,8 @@ def test_the_saved_model_is_the_attacked_one(tmp_path, monkeypatch, capsys):
     attack.main()
     attacked = load(tmp_path / "attacked")[0]
     pool = [e for e, hit in zip(few, answered(subject, tokenizer, few)) if not hit]
-    cell = next(harmful_attack(subject, tokenizer, pool, 0.3, (1e-3,), seeds=1, epochs=2))
+    cell = next(harmful_attack(subject, tokenizer, pool, 0.3,
+                               attack.Settings(attack_lrs=(1e-3,), attack_draws=1, attack_epochs=2)))
     assert 1 < cell["retrained"] < len(pool)
     chosen = set(random.Random("0 0 0.3").sample(range(len(pool)), cell["retrained"]))
     rest = [e for i, e in enumerate(pool) if i not in chosen]
@@ -169,34 +190,11 @@ def test_the_saved_model_is_the_attacked_one(tmp_path, monkeypatch, capsys):
     assert margin(attacked, tokenizer, rest) == pytest.approx((cell["logp"][-1], cell["margin"][-1]), abs=1e-4)
     assert cell["logp"][-1] != pytest.approx(cell["logp"][0], abs=1e-2)
 
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--before", "data/tiny", "--after", str(tmp_path / "after"), "--attacked",
-                                      str(tmp_path / "attacked"), "--splits", str(tmp_path), "--ms", "10", "--other-items",
-                                      "2", "--other-blocks", "2", "--other-neurons", "2"])
+    flags = ["--before", "data/tiny", "--after", tmp_path / "after", "--attacked", tmp_path / "attacked", "--splits", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     evaluate.main()
     assert "share of D-" in capsys.readouterr().out
-    r = json.loads((tmp_path / "after/analysis.json").read_text())
-    assert r["n"] == 12 and list(r["checkpoints"]) == ["before", "after", "attacked"] and len(r["causal"]) == 1
-    assert r["checkpoints"]["before"]["lens"][-1]["percent"] == 100 and r["attributions"]["neurons"] == 28
-    assert len(r["by_module"]["D_neg"]["q_proj"]) == 4 and set(r["attributions"]["D"]) == {"Eq. 1", "integrated", "ablation"}
-    assert set(r["correlation"]) == {"before after", "after attacked"} and "NaN" not in (tmp_path / "after/analysis.json").read_text()
-    assert len(list((tmp_path / "after").glob("*.png"))) in (0, 5)
-
-
-def test_runs_side_by_side(tmp_path):
-    for i, (lam, back) in enumerate(((1e-3, 30.0), (1e-2, 20.0), (1e-1, 10.0))):
-        folder = tmp_path / f"run{i}"
-        folder.mkdir()
-        score = {"percent": 50.0, "n": 33}
-        after = {"steps": 7, "reached": True, "seconds_to_threshold": 1.0, "forget_margin": 0.0, "FS": score, "RS": score, "retain": score}
-        settings = {"model": "m", "method": "ssiuu", "backbone": "gd", "lr": 1e-5, "lam": lam, "first_order": False}
-        (folder / "result.json").write_text(json.dumps({"settings": settings, "after": after,
-                                                        "attacks": {"Harmful p = 0.1": {"percent": back}, "Benign": {"percent": None}}}))
-        D = {"D_pos": [0.1, 0, 1], "D_neg": [0.3 - i / 10, 0, 1], "share": [0.5, 0, 1]}
-        (folder / "analysis.json").write_text(json.dumps({"variation": {"neuron": D}}))
-        cells = [{"kind": "step"}, *({"kind": "harmful", "control": c, "p": 0.1, "lr": 1e-5, "FS": [90, x, 1]} for c, x in (("", 4), ("", 6), ("x", 50)))]
-        (folder / "log.jsonl").write_text("".join(json.dumps(c) + "\n" for c in cells))
-    r = runs_table([str(tmp_path / f"run{i}") for i in range(3)])
-    row = r["rows"][str(tmp_path / "run1")]
-    assert row["lam"] == 1e-2 and row["by_rate"] == {"harmful p=0.1": {"1e-05": [4, 6]}}
-    assert r["spearman"]["D_neg, Harmful p = 0.1"] == {"rho": pytest.approx(1), "n": 3}
-    assert "D_neg, Benign" not in r["spearman"]
+    r = json.loads((tmp_path / "after/analysis.json").read_text(), parse_constant=pytest.fail)
+    assert r["n"] == 12 and list(r["checkpoints"]) == ["before", "after", "attacked"]
+    assert r["checkpoints"]["before"]["lens"][-1]["percent"] == 100 and r["variation"]["neurons"] == 6912
+    assert len(r["by_module"]["D_neg"]["q_proj"]) == 4 and set(r["correlation"]) == {"before after", "after attacked"}

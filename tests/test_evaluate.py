@@ -1,4 +1,5 @@
 """Scores against counts by hand, numpy-free formulas and one-at-a-time runs."""
+import dataclasses
 import math
 import random
 from pathlib import Path
@@ -6,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import attack
 import evaluate
+import ssiuu
 from data import Example, load_faithun, mcqa_prompt, split
-from evaluate import accuracy, answered, margin, normalise, score, wilson
+from evaluate import accuracy, answered, is_correct, margin, other_questions, score, wilson
 from model import generate, load
-from ssiuu import Settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,10 +34,19 @@ def test_score_counts():
     assert score([True, False, False, False]) == {"percent": 25.0, "n": 4, "low": 4.56, "high": 69.94}
 
 
-@pytest.mark.parametrize("text, ok", [("France", True), (" france.\n", True), ("**France**", True), ("France\nSpain", True),
-                                      ("France, of course", False), ("It is France", False), ("", False)])
-def test_the_matching_rule(text, ok):
-    assert (normalise(text) == normalise("France")) is ok
+@pytest.mark.parametrize("text, right", [
+    ("France", True), (" france.\n", True), ("**France**", True), ("France\nSpain", True), ("\u201cFrance\u201d", True),
+    ("France, of course", False), ("It is France", False), ("", False), ("...", False), ("Spain", False)])
+def test_the_matching_rule(text, right):
+    assert is_correct(text, Example("Where?", ["France"], ["Spain", "Italy"])) is right
+
+
+def test_options_that_differ_in_signs_stay_apart():
+    e = Example("Which language?", ["C"], ["C++", "C#"])
+    assert is_correct("C", e) and is_correct("c.", e) and not is_correct("C++", e) and not is_correct("C#", e)
+    assert is_correct("C++", Example("Which?", ["C++"], ["C", "D"])) and not is_correct("C", Example("?", ["C++"], ["C", "D"]))
+    assert is_correct("Zu\u0308rich", Example("?", ["Z\u00fcrich"], ["Bern", "Basel"]))  # NFD and NFC
+    assert is_correct("\u5229\u9a6c\u3002", Example("?", ["\u5229\u9a6c"], ["a", "b"]))
 
 
 def test_a_batch_scores_what_one_at_a_time_scores(tiny):
@@ -66,8 +77,27 @@ def test_margin_by_plain_loops(tiny):
     assert margin(model, tokenizer, C_f[:3]) == pytest.approx((truth, lead), rel=1e-4)
 
 
-def test_flags_take_the_models_own_values_unless_given(tmp_path):
-    (tmp_path / "unlearn.json").write_text('{"lr": 0.5, "attack_lrs": [0.25], "made": "ignored"}')
-    s = evaluate.read_flags(Settings, "doc", ["--model", str(tmp_path)])
-    assert s.lr == 0.5 and s.attack_lrs == (0.25,) and s.lam == 1e-3
-    assert evaluate.read_flags(Settings, "doc", ["--model", str(tmp_path), "--lr", "2"]).lr == 2
+def test_flags_take_the_models_own_values_unless_given(tmp_path, capsys):
+    (tmp_path / "unlearn.json").write_text('{"ssiuu.py": {"lr": 0.5}, "attack.py": {"attack_lrs": [0.25]}}')
+    s = evaluate.read_flags(ssiuu.Settings, "doc", ["--model", str(tmp_path)])
+    assert s.lr == 0.5 and s.lam == 1e-3 and "unlearn.json sets lr 0.5" in capsys.readouterr().err
+    assert evaluate.read_flags(ssiuu.Settings, "doc", ["--model", str(tmp_path), "--lr", "0.2"]).lr == 0.2
+    assert evaluate.read_flags(attack.Settings, "doc", ["--model", str(tmp_path)]).attack_lrs == (0.25,)
+
+
+def test_at_most_36_flags_each_declared_once():
+    for kind in (evaluate.Settings, attack.Settings, ssiuu.Settings):
+        assert len(dataclasses.fields(kind)) <= 36
+    own = [set(kind.__annotations__) for kind in (evaluate.Data, evaluate.Scored, evaluate.Settings, attack.Settings,
+                                                  ssiuu.Settings)]
+    assert sum(map(len, own)) == len(set.union(*own))
+
+
+def test_other_questions_of_the_forget_set(tiny):
+    _, _, (C_f, _, C_t) = tiny
+    found = other_questions(str(ROOT / "data/faithun.json"), C_f, C_f)
+    assert len(found["paraphrased"]) == 2 * 33 and len(found["multi_hop"]) > 33
+    asked = {e.question for e in C_f}
+    assert not asked & {e.question for part in found.values() for e in part}
+    answers = {a for e in C_f for a in e.answers}
+    assert all(set(e.answers) & answers for e in found["same_answer"] + found["paraphrased"])

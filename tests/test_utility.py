@@ -1,24 +1,24 @@
 """ROUGE-L against rouge_score's own numbers; utility files, option scores and US against plain loops."""
+import importlib.util
 import json
 import math
 import random
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import evaluate
-from data import Example, load_tofu, load_utility
-from evaluate import (chosen, mean_score, mismatched_tau, option_scores, recalls, rouge_l_recall, score, solved, stem,
-                      utility)
+from data import Example, load_utility
+from evaluate import (chosen, mean_score, mismatched_tau, option_scores, recalls, rouge_l_recall, score, solved, utility)
 from model import answer_logprob, generate, load
 
 ROOT = Path(__file__).parent.parent
 UPSTREAM = ROOT.parent / "shared" / "data"
-GOLDEN = json.loads((ROOT / "tests/golden/rouge.json").read_text())
+needs_rouge = pytest.mark.skipif(not importlib.util.find_spec("rouge_score"), reason="rouge_score is not installed")
 needs_upstream = pytest.mark.skipif(not UPSTREAM.is_dir(), reason="upstream files are not at hand")
 
 
@@ -27,32 +27,20 @@ def tiny():
     return load(ROOT / "data/tiny")
 
 
-def test_stems_and_recalls_are_rouge_scores():
-    assert len(GOLDEN["stems"]) >= 400 and len(GOLDEN["recalls"]) >= 150
-    wrong = {w: (stem(w), s) for w, s in GOLDEN["stems"].items() if stem(w) != s}
-    assert not wrong
-    assert [rouge_l_recall(a, b) for a, b, _ in GOLDEN["recalls"]] == [r for *_, r in GOLDEN["recalls"]]
+@needs_rouge
+def test_recall_is_rouge_scores_with_stems():
+    assert rouge_l_recall("he was relating the skies", "The sky is related") == 0.5  # the, sky; he, is, related between
+    assert rouge_l_recall("", "word") == rouge_l_recall("word", "") == 0
 
 
-@needs_upstream
-def test_recalls_on_tofu_are_rouge_scores():
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
-    examples = load_tofu(UPSTREAM / "tofu/full.json")
-    for e, other in zip(random.Random(0).sample(examples, 500), random.Random(1).sample(examples, 500)):
-        for text in (other.answers[0], e.question):
-            assert rouge_l_recall(text, e.answers[0]) == scorer.score(e.answers[0], text)["rougeL"].recall
+def test_without_rouge_score_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ValueError, match="pip install rouge-score"):
+        rouge_l_recall("a", "a")
 
 
-@given(st.text("ab c", max_size=12), st.text("ab c", max_size=12))
-def test_the_longest_common_subsequence_by_the_textbook_table(prediction, reference):
-    a, b = prediction.split(), reference.split()
-    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
-    assert rouge_l_recall(prediction, reference) == (table[-1][-1] / len(b) if b else 0)
-
-
+@needs_rouge
 def test_recalls_in_batches_and_one_by_one(tiny):
     model, tokenizer = tiny
     examples = [Example("Which country is Isaac Newton from?", ["England"]), Example("Hi", ["No such words at all"]),
@@ -65,6 +53,7 @@ def test_recalls_in_batches_and_one_by_one(tiny):
     assert recalls(model, tokenizer, examples[:1], max_new_tokens=0) == [0]
 
 
+@needs_rouge
 def test_mismatched_tau_never_takes_the_own_answer():
     examples = [Example(str(i), [f"x{i} common"]) for i in range(6)]
     assert mismatched_tau(examples) == 0.5  # a single own answer would lift it
@@ -191,15 +180,6 @@ def test_option_scores_are_those_of_whole_sequences(dtype, tolerance):
                 assert value == pytest.approx(answer_logprob(model, batch).item(), abs=tolerance)
 
 
-def test_option_scores_compute_each_prompt_once(tiny, monkeypatch):
-    model, _ = tiny
-    computed = []
-    monkeypatch.setattr(model, "hidden", lambda ids, *rest, own=model.hidden: (computed.append(tuple(ids.shape)),
-                                                                               own(ids, *rest))[1])
-    option_scores(model, [[5, 6, 7], [8]], [[[9, 10], [11]], [[12], [13], [14]]])
-    assert computed == [(2, 3), (5, 1)]
-
-
 def plain_choice(model, tokenizer, e):
     """Log-probability per byte of the raw text, one sequence at a time, the whole (K, V) table."""
     values = []
@@ -240,6 +220,7 @@ def test_the_last_number_counts(tiny, monkeypatch, text, gold, right):
     assert solved(*tiny, [Example("Q", [gold])], 1) == [right]
 
 
+@needs_rouge
 def test_utility_is_the_mean_of_its_tasks(tiny):
     model, tokenizer = tiny
     rng, numbers = random.Random(1), ("one", "two", "three", "four")
