@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from data import Example, batches, check_fits, collate, encode, load_alpaca
-from evaluate import Data, Rate, Share, accuracy, answered, cell, hooked, margin, markdown, read_flags, refuse, run
-from evaluate import splits_of, wilson
+from evaluate import Data, Rate, Share, accuracy, answered, cell, hooked, margin, markdown, read_flags
+from evaluate import refuse, run, splits_of, wilson
 from model import LM, Count, Natural, Tokenizer, answer_logprob, load, save
 
 Bits = Annotated[int, ("a whole number from 2 to 16", lambda x: 2 <= x <= 16)]
@@ -34,12 +34,12 @@ class Settings(Data):
     attack_batch: Count = 4               # of both attacks; unpublished
     attack_draws: Count = 3               # draws of the retrained rows (6.2.2: three runs)
     attack_rank: Natural = 0              # LoRA's r, not in the paper; 0: every weight is retrained
-    benign: str | None = "data/instructions.json"  # Alpaca file of the benign attack (6.2.2); none: leave it out
+    benign: str | None = "data/instructions.json"  # Alpaca file of the benign attack (6.2.2); "": none
     benign_lrs: tuple[Rate, ...] = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2, D.2)
     benign_rows: Count = 1000             # rows a draw, one pass (6.2.2; the passes are unpublished)
     benign_points: Count = 5              # scores in a pass; unpublished
     bits: tuple[Bits, ...] | None = None  # attack by rounding the weights to so many bits; not in the paper
-    save: str | None = None               # only write the model that the first p, rate and draw end in, to this folder
+    save: str | None = None               # only write the model that the first p, rate and draw end in here
 
 
 def projections(model: LM) -> list[nn.Linear]:
@@ -49,9 +49,11 @@ def projections(model: LM) -> list[nn.Linear]:
 
 @contextmanager
 def lora(model: LM, rank: int, generator: torch.Generator) -> Iterator[list[nn.Parameter]]:
-    """Inside, a block weight W (out, in) acts as W + alpha/r B A, and only the yielded B and A learn (Hu et al. 2022).
+    """Inside, a block weight W (out, in) acts as W + alpha/r B A, and only the yielded B and A learn (Hu et
+    al. 2022).
 
-    B (out, r) starts at zero, A (r, in) Gaussian / sqrt(in), alpha = 2 r. At the end B A is added to W for good.
+    B (out, r) starts at zero, A (r, in) Gaussian / sqrt(in), alpha = 2 r. At the end B A is added to W for
+    good.
     """
     learning, factors = [w for w in model.parameters() if w.requires_grad], {}
     for layer in projections(model):
@@ -69,12 +71,13 @@ def lora(model: LM, rank: int, generator: torch.Generator) -> Iterator[list[nn.P
             w.requires_grad_(True)
 
 
-def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator: torch.Generator, rank: int = 0,
-            points: int = 1) -> Iterator[float]:
+def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator: torch.Generator,
+            rank: int = 0, points: int = 1) -> Iterator[float]:
     """Fine-tunes every weight, or LoRA of a rank > 0, on encoded (x, y) pairs, loss -mean log P(y|x), AdamW.
 
-    Yields, `points` times an epoch at regular batches (at most once a batch), the mean loss since the last time.
-    A batch holds rows of like length, which wastes little on padding; the batches' order is new each epoch.
+    Yields, `points` times an epoch at regular batches (at most once a batch), the mean loss since the last
+    time. A batch holds rows of like length, which wastes little on padding; the batches' order is new each
+    epoch.
     """
     with lora(model, rank, generator) if rank else nullcontext(list(model.parameters())) as weights:
         optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
@@ -86,7 +89,7 @@ def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator:
             batch = parts[next(order)[0]]
             loss = -answer_logprob(model, batch).mean()
             if not loss.isfinite():
-                raise FloatingPointError(f"retraining at {lr:g}: loss is {loss.item()}, expected a number: lower it")
+                raise FloatingPointError(f"retraining at {lr:g}: loss is {loss.item()}, expected a number")
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -98,19 +101,22 @@ def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator:
 
 @torch.no_grad()
 def quantise(model: LM, bits: int) -> None:
-    """Rounds each weight of the blocks to integers of so many bits and back, in place, in the weights' own type.
+    """Rounds each weight of the blocks to integers of so many bits and back, in place, in the weights' own
+    type.
 
-    Round to nearest on a symmetric absmax grid per output row, -(2^(bits-1) - 1) .. 2^(bits-1) - 1, no calibration:
-    the row-wise half of LLM.int8() (Dettmers et al. 2022), and the baseline of GPTQ (Frantar et al. 2023).
+    Round to nearest on a symmetric absmax grid per output row, -(2^(bits-1) - 1) .. 2^(bits-1) - 1, no
+    calibration: the row-wise half of LLM.int8() (Dettmers et al. 2022), and the baseline of GPTQ (Frantar et
+    al. 2023).
     """
     top = 2 ** (bits - 1) - 1
     for w in (layer.weight for layer in projections(model)):
-        scale = (w.abs().amax(1, keepdim=True) / top).clamp(min=torch.finfo(w.dtype).tiny)  # 0 / 0 in a row of zeros
+        scale = (w.abs().amax(1, keepdim=True) / top).clamp(min=torch.finfo(w.dtype).tiny)  # a row of zeros
         w.copy_((w / scale).round().clamp(-top, top) * scale)
 
 
-def falsely_answered(model: LM, tokenizer: Tokenizer, C_f: list[Example], eval_size: int = 64) -> list[Example]:
-    """The attack pool (Section 6.2.2): what the unlearned model answers falsely, so no chance hits; all of TOFU."""
+def falsely_answered(model: LM, tokenizer: Tokenizer, C_f: list[Example], eval_size: int = 64) -> list:
+    """The attack pool (Section 6.2.2): what the unlearned model answers falsely, so no chance hits; all of
+    TOFU."""
     if not all(e.false_options for e in C_f):
         return list(C_f)
     return [e for e, hit in zip(C_f, answered(model, tokenizer, C_f, size=eval_size)) if not hit]
@@ -118,13 +124,16 @@ def falsely_answered(model: LM, tokenizer: Tokenizer, C_f: list[Example], eval_s
 
 def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Iterator, scored: list[Example],
              eval_size: int, known: Iterable[dict] = ()) -> dict:
-    """The cell with FS, logp and margin of `scored` as lists: before the attack, then each time `changes` yields.
+    """The cell with FS, logp and margin of `scored` as lists: before the attack, then each time `changes`
+    yields.
 
-    A known cell is returned as it is, with nothing run. An attack that diverges costs its own cell, which says so
-    under "failed". The weights are kept on the host meanwhile and restored bit for bit, also after an error.
+    A known cell is returned as it is, with nothing run. An attack that diverges costs its own cell, which
+    says so under "failed". The weights are kept on the host meanwhile and restored bit for bit, also after an
+    error.
     """
     def measure() -> tuple:
-        return accuracy(model, tokenizer, scored, eval_size)["percent"], *margin(model, tokenizer, scored, eval_size)
+        FS = accuracy(model, tokenizer, scored, eval_size)["percent"]
+        return FS, *margin(model, tokenizer, scored, eval_size)
 
     for c in known:
         if cell.items() <= c.items():
@@ -143,7 +152,7 @@ def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Iterator, sco
     return cell | {name: list(values) for name, values in zip(("FS", "logp", "margin"), zip(*curve))}
 
 
-def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: int) -> tuple[list, list[Example]]:
+def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: int) -> tuple[list, list]:
     """A fraction p of the pool, at least one item, encoded to be retrained; and the rest, to be scored."""
     k = min(len(pool), max(1, round(p * len(pool))))
     chosen = set(random.Random(f"{seed} {draw} {p:g}").sample(range(len(pool)), k))
@@ -153,11 +162,13 @@ def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: 
 
 def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: float, s: Settings,
                    known: Iterable[dict] = ()) -> Iterator[dict]:
-    """Retrain on a fraction p of the pool, score FS on the disjoint rest after each epoch (Section 6.2.2 (1)).
+    """Retrain on a fraction p of the pool, score FS on the disjoint rest after each epoch (Section 6.2.2
+    (1)).
 
-    The pool is the unlearned model's (`falsely_answered`), also where a control model is attacked. Each draw is
-    retrained with each learning rate from the same weights. Yields a cell per draw and rate: {kind, p, seed, lr,
-    rank, n, retrained, FS, logp, margin}, the last three lists over epochs; none where nothing is left to score.
+    The pool is the unlearned model's (`falsely_answered`), also where a control model is attacked. Each draw
+    is retrained with each learning rate from the same weights. Yields a cell per draw and rate: {kind, p,
+    seed, lr, rank, n, retrained, FS, logp, margin}, the last three lists over epochs; none where nothing is
+    left to score.
     """
     for draw in range(s.attack_draws):
         rows, rest = drawn(tokenizer, pool, p, draw, s.seed)
@@ -175,7 +186,8 @@ def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: li
                   known: Iterable[dict] = ()) -> Iterator[dict]:
     """Retrain on instructions, which hold none of the facts, score FS on all the pool (Section 6.2.2 (2)).
 
-    Each draw has its rows and order; one pass, scored at regular points. Cells as harmful_attack's, without p.
+    Each draw has its rows and order; one pass, scored at regular points. Cells as harmful_attack's, without
+    p.
     """
     for draw in range(s.attack_draws if pool else 0):
         chosen = random.Random(f"{s.seed} {draw} benign").sample(rows, min(s.benign_rows, len(rows)))
@@ -184,7 +196,8 @@ def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: li
             cell = {"kind": "benign", "seed": draw, "lr": lr, "rank": s.attack_rank, "n": len(pool),
                     "retrained": len(chosen)}
             generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
-            changes = retrain(model, encoded, lr, 1, s.attack_batch, generator, s.attack_rank, s.benign_points)
+            changes = retrain(model, encoded, lr, 1, s.attack_batch, generator, s.attack_rank,
+                              s.benign_points)
             yield attacked(model, tokenizer, cell, changes, pool, s.eval_batch, known)
 
 
@@ -199,7 +212,8 @@ def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bi
 
 def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: list[Example], s: Settings,
             report: Callable[[str, dict], None], known: Iterable[dict] = ()) -> dict[str, dict]:
-    """{column of the table: `summary`} of every attack that `s` asks for; report(column, cell) as each cell ends."""
+    """{column of the table: `summary`} of every attack that `s` asks for; report(column, cell) as each cell
+    ends."""
     columns = {f"Harmful p = {p:g}": harmful_attack(model, tokenizer, pool, p, s, known) for p in s.p}
     if instructions:
         columns["Benign"] = benign_attack(model, tokenizer, pool, instructions, s, known)
@@ -216,10 +230,11 @@ def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: 
 
 
 def summary(cells: list[dict]) -> dict:
-    """One table cell: per draw the maximum after the attack began, over points and rates; mean and spread over draws.
+    """One table cell: per draw the maximum after the attack began, over points and rates; mean and spread
+    over draws.
 
-    The interval is Wilson's at the mean with n of one draw: the draws share items, so n does not add up. Where no
-    cell was possible, or each one of a draw diverged, there is no percent but {"why"}.
+    The interval is Wilson's at the mean with n of one draw: the draws share items, so n does not add up.
+    Where no cell was possible, or each one of a draw diverged, there is no percent but {"why"}.
     """
     draws = [[c for c in cells if c["seed"] == draw] for draw in sorted({c["seed"] for c in cells})]
     valid = [[c for c in draw if "failed" not in c] for draw in draws]
@@ -238,11 +253,13 @@ def summary(cells: list[dict]) -> dict:
 
 
 def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings) -> None:
-    """Writes the model that the first p, rate and draw of the harmful attack end in, for evaluate.py --attacked."""
+    """Writes the model that the first p, rate and draw of the harmful attack end in, for evaluate.py
+    --attacked."""
     Path(s.save).mkdir(parents=True)  # what cannot be written ends before the work
     rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
     generator = torch.Generator().manual_seed(s.seed)
-    for loss in retrain(model, rows, s.attack_lrs[0], s.attack_epochs, s.attack_batch, generator, s.attack_rank):
+    lr, epochs = s.attack_lrs[0], s.attack_epochs
+    for loss in retrain(model, rows, lr, epochs, s.attack_batch, generator, s.attack_rank):
         print(f"{s.model}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
     save(model, tokenizer, s.save)
 

@@ -1,7 +1,7 @@
 """Scores a checkpoint, and asks of a pair whether unlearning erased or hid what it forgot.
 
-    python evaluate.py --model data/tiny                                    # FS, RS, FaithUn's other questions, US
-    python evaluate.py --before data/tiny --after runs/ssiuu-tiny           # Eq. 1 to 5, the lens: Figures 3 to 6
+    python evaluate.py --model data/tiny                              # FS, RS, FaithUn's other questions, US
+    python evaluate.py --before data/tiny --after runs/ssiuu-tiny     # Eq. 1 to 5, the lens: Figures 3 to 6
 
 Dimensions: B sequences, K tokens, L blocks, S samples (x, y), n neurons.
 """
@@ -26,8 +26,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from data import Batch, Example, check_fits, collate, encode, load_faithun, load_tofu, load_utility, mcqa_prompt
-from data import normalise, related, split, tofu_split
+from data import Batch, Example, check_fits, collate, encode, load_faithun, load_tofu, load_utility
+from data import mcqa_prompt, normalise, related, split, tofu_split
 from model import LM, Count, Natural, Tokenizer, answer_logprob, fill, generate, load, read_json, wanted
 from model import write_json
 
@@ -53,13 +53,15 @@ def score(hits: list[bool]) -> dict:
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean of values in [0, 1]; equal ones, or one alone, say nothing and get the largest deviation, 0.5."""
+    """Of the mean of values in [0, 1]; equal ones, or one alone, say nothing and get the largest deviation,
+    0.5."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return (deviation or 0.5) / math.sqrt(len(values))
 
 
 def normal(mean: float, error: float, n: int) -> dict:
-    """Like `score`, of a mean in [0, 1] and its standard error: the 95 % interval is the normal one, clipped."""
+    """Like `score`, of a mean in [0, 1] and its standard error: the 95 % interval is the normal one,
+    clipped."""
     low, high = (round(100 * max(0.0, min(1.0, mean + side * 1.96 * error)), 2) for side in (-1, 1))
     return {"percent": round(100 * mean, 2), "n": n, "low": low, "high": high}
 
@@ -72,8 +74,9 @@ def mean_score(values: list[float]) -> dict:
 def is_correct(text: str, example: Example) -> bool:
     """The matching rule, unpublished and ours: is the first line of `text` one of the accepted answers?
 
-    What equals an option letter for letter decides at once; else case, Unicode form and outer quotes, brackets and
-    full stops do not count (`normalise`). Nothing is never right, nor what a false option comes to as well.
+    What equals an option letter for letter decides at once; else case, Unicode form and outer quotes,
+    brackets and full stops do not count (`normalise`). Nothing is never right, nor what a false option comes
+    to as well.
     """
     options = [*example.answers, *example.false_options]
     line = text.strip().split("\n")[0].strip()
@@ -91,7 +94,8 @@ def answered(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int
     prompt. Generation stops four tokens past the longest option: nothing longer could match.
     """
     prompts = [tokenizer.prompt(mcqa_prompt(e, random.Random(f"0 {e.question}"))) for e in examples]
-    longest = max((len(tokenizer.answer(o)) for e in examples for o in (*e.answers, *e.false_options)), default=0)
+    options = [o for e in examples for o in (*e.answers, *e.false_options)]
+    longest = max((len(tokenizer.answer(o)) for o in options), default=0)
     texts = greedy(model, tokenizer, prompts, longest + 4, size)
     return [is_correct(text, e) for text, e in zip(texts, examples)]
 
@@ -101,27 +105,30 @@ def greedy(model: LM, tokenizer: Tokenizer, prompts: list[list[int]], max_new_to
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
     for part in (order[i:i + size] for i in range(0, len(order), size)):
-        for i, ids in zip(part, generate(model, [prompts[i] for i in part], max_new_tokens, tokenizer.stop_ids)):
+        found = generate(model, [prompts[i] for i in part], max_new_tokens, tokenizer.stop_ids)
+        for i, ids in zip(part, found):
             texts[i] = tokenizer.decode(ids)
     return texts
 
 
 def item_scores(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> list[float]:
-    """Per example in [0, 1]: FaithUn's right or wrong, or TOFU's ROUGE-L recall where there are no options (6.2.1)."""
+    """Per example in [0, 1]: FaithUn's right or wrong, or TOFU's ROUGE-L recall where there are no options
+    (6.2.1)."""
     if all(e.false_options for e in examples):
         return answered(model, tokenizer, examples, size=size)
     return recalls(model, tokenizer, examples, size)
 
 
 def accuracy(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> dict:
-    """FS on C_f, RS on C_t (Section 6.2.1): the mean of `item_scores` in percent, with n and its 95 % interval."""
+    """FS on C_f, RS on C_t (Section 6.2.1): the mean of `item_scores` in percent, with n and its 95 %
+    interval."""
     scores = item_scores(model, tokenizer, examples, size)
     return score(scores) if all(e.false_options for e in examples) else mean_score(scores)
 
 
 def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> tuple[float, float]:
-    """Recovery without steps, in nats per token, on the plain question: the mean over examples of log P(answer),
-    and of its lead over the best false option."""
+    """Recovery without steps, in nats per token, on the plain question: the mean over examples of log
+    P(answer), and of its lead over the best false option."""
     options = [[tokenizer.answer(o) for o in (e.answers[0], *e.false_options)] for e in examples]
     truth, lead = [], []
     scores = option_scores(model, [tokenizer.prompt(e.question) for e in examples], options, size)
@@ -133,11 +140,13 @@ def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int =
 
 
 def other_questions(path: str, C: list[Example], C_f: list[Example]) -> dict[str, list[Example]]:
-    """FaithUn's further questions about the facts of C (Yang et al. 2025): paraphrases, multi-hop questions that
-    need the fact, and questions of others with the same answer, which are to be retained and hold none of C_f."""
+    """FaithUn's further questions about the facts of C (Yang et al. 2025): paraphrases, multi-hop questions
+    that need the fact, and questions of others with the same answer, which are to be retained and hold none
+    of C_f."""
     forgotten, asked, found = {e.question for e in C_f}, {e.question for e in C}, {}
     base = load_faithun(path)
-    for name, part in (("paraphrased", "hop1_test"), ("multi_hop", "hop2_test"), ("same_answer", "same_object")):
+    parts = {"paraphrased": "hop1_test", "multi_hop": "hop2_test", "same_answer": "same_object"}
+    for name, part in parts.items():
         groups = related(path, part, forgotten if part == "same_object" else ())
         questions = {q.question: q for e, group in zip(base, groups) if e.question in asked for q in group}
         found[name] = list(questions.values())
@@ -145,16 +154,17 @@ def other_questions(path: str, C: list[Example], C_f: list[Example]) -> dict[str
 
 
 def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
-    """C_f, C_r, C_t. FaithUn: one file and its split files. TOFU: --forget and --retain are its two files, and C_t
-    the first 300 of C_r, as in its own code. `--test-limit` cuts C_t."""
+    """C_f, C_r, C_t. FaithUn: one file and its split files. TOFU: --forget and --retain are its two files,
+    and C_t the first 300 of C_r, as in its own code. `--test-limit` cuts C_t."""
     if s.retain:
         C_f, C_r = tofu_split(load_tofu(s.forget), load_tofu(s.retain), s.fold)
         for e in (*C_f, *C_r):
             if not re.search("[a-z0-9]", e.answers[0].lower()):
                 raise ValueError(f"{e.where}: the answer {e.answers[0]!r:.40} has no word that ROUGE-L counts, "
-                                 "expected some of a to z or 0 to 9")
+                                 "expected letters a to z or digits")
         return C_f, C_r, C_r[:s.test_limit or 300]
-    C_f, C_r, C_t = split(load_faithun(s.forget), s.splits or Path(s.forget).parent / "faithun_splits", s.fold)
+    folder = s.splits or Path(s.forget).parent / "faithun_splits"
+    C_f, C_r, C_t = split(load_faithun(s.forget), folder, s.fold)
     return C_f, C_r, C_t[:s.test_limit]
 
 
@@ -162,11 +172,12 @@ def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
 
 
 def rouge_l_recall(prediction: str, reference: str) -> float:
-    """ROUGE-L recall with stems, in [0, 1] (Lin, 2004), by Google's rouge_score, which TOFU's own code uses."""
+    """ROUGE-L recall with stems, in [0, 1] (Lin, 2004), by Google's rouge_score, which TOFU's own code
+    uses."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise ValueError("rouge_score is not installed, and TOFU is scored with it: pip install rouge-score") from None
+        raise ValueError("rouge_score is not installed, TOFU needs it: pip install rouge-score") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return scorer.score(reference, prediction)["rougeL"].recall
 
@@ -175,15 +186,16 @@ def recalls(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int 
             max_new_tokens: int = 200) -> list[float]:
     """Per example the ROUGE-L recall of the greedy answer to the plain question: TOFU's score.
 
-    The paper gives no limit of the generation; other implementations of TOFU stop at 200 new tokens, and so do we.
+    The paper gives no limit of the generation; other implementations of TOFU stop at 200 new tokens, and so
+    do we.
     """
     texts = greedy(model, tokenizer, [tokenizer.prompt(e.question) for e in examples], max_new_tokens, size)
     return [rouge_l_recall(text, e.answers[0]) for text, e in zip(texts, examples)]
 
 
 def mismatched_tau(examples: list[Example], seed: int = 0) -> float:
-    """C.1's threshold on TOFU (0.1971 there): the mean recall in [0, 1] when every question gets the answer of
-    another item, drawn from the seed."""
+    """C.1's threshold on TOFU (0.1971 there): the mean recall in [0, 1] when every question gets the answer
+    of another item, drawn from the seed."""
     rng, values = random.Random(seed), []
     for i, e in enumerate(examples):
         j = rng.randrange(len(examples) - 1)
@@ -199,8 +211,9 @@ def option_scores(model: LM, prompts: list[list[int]], options: list[list[list[i
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # like lengths together: less padding
     found = [0.0] * len(rows)
     for part in (order[i:i + size] for i in range(0, len(order), size)):
-        for i, logp in zip(part, answer_logprob(model, collate([rows[i] for i in part], model.device)).tolist()):
-            found[i] = logp
+        logp = answer_logprob(model, collate([rows[i] for i in part], model.device))
+        for i, value in zip(part, logp.tolist()):
+            found[i] = value
     left = iter(found)
     return [[next(left) for _ in part] for part in options]
 
@@ -220,17 +233,20 @@ def chosen(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) 
 def solved(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) -> list[bool]:
     """GSM8K, per example: is the last number in the greedy answer, of up to 256 tokens, the right one?"""
     texts = greedy(model, tokenizer, [tokenizer.prompt(e.question) for e in examples], 256, size)
-    numbers = [re.findall(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?", text) for text in texts]  # the minus of 5-3 is no sign
-    return [bool(x) and float(x[-1].replace(",", "")) == float(e.answers[0]) for x, e in zip(numbers, examples)]
+    numbers = [re.findall(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?", text) for text in texts]  # 5-3: no sign
+    last = [float(x[-1].replace(",", "")) if x else math.nan for x in numbers]
+    return [x == float(e.answers[0]) for x, e in zip(last, examples)]
 
 
 def utility(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]], n: int = 500, seed: int = 0,
             size: int = 16) -> dict:
-    """US (C.1): {percent, n, low, high, tasks}, the mean over `load_utility`'s tasks, each on a seeded sample of n.
+    """US (C.1): {percent, n, low, high, tasks}, the mean over `load_utility`'s tasks, each on a seeded sample
+    of n.
 
-    Zero-shot. Tasks with false options: the raw text is the prompt, without the chat template, and options are
-    tokenised apart. The others go through the template: GSM8K by its last number, TOFU's sets by ROUGE-L recall.
-    A task has the interval of `score` or `mean_score`; the mean's is normal, from the tasks' standard errors.
+    Zero-shot. Tasks with false options: the raw text is the prompt, without the chat template, and options
+    are tokenised apart. The others go through the template: GSM8K by its last number, TOFU's sets by ROUGE-L
+    recall. A task has the interval of `score` or `mean_score`; the mean's is normal, from the tasks' standard
+    errors.
     """
     results, errors = {}, []
     for name, examples in tasks.items():
@@ -241,7 +257,8 @@ def utility(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]], n:
         results[name] = (mean_score if kind is recalls else score)(values)
         errors.append(standard_error(values))
     mean = statistics.fmean(r["percent"] for r in results.values()) / 100
-    return {**normal(mean, math.hypot(*errors) / len(errors), sum(r["n"] for r in results.values())), "tasks": results}
+    n = sum(r["n"] for r in results.values())
+    return {**normal(mean, math.hypot(*errors) / len(errors), n), "tasks": results}
 
 
 # ------------------------------------------------------- erased or hidden? Section 4, Figures 3 to 6
@@ -252,7 +269,8 @@ FFN = MODULES[4:]
 
 @contextmanager
 def hooked(layers: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
-    """Inside, hook(layer, inputs, output) sees each layer's output, and replaces it where it returns a tensor."""
+    """Inside, hook(layer, inputs, output) sees each layer's output, and replaces it where it returns a
+    tensor."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield
@@ -262,21 +280,23 @@ def hooked(layers: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
 
 
 def neuron_attribution(model: LM, batch: Batch, modules: tuple[str, ...] = MODULES) -> dict[str, Tensor]:
-    """A = h dP(y|x)/dh at the outputs h of the linear modules, (B, K, n) each (Eq. 1); a batch equals one at a time.
+    """A = h dP(y|x)/dh at the outputs h of the linear modules, (B, K, n) each (Eq. 1); a batch equals one at
+    a time.
 
     Padding (where not batch.real()) has h but no influence: its A is 0.
     """
     layers, h = {layer: name for name, layer in model.named_modules() if name.endswith(modules)}, {}
     with hooked(layers, lambda layer, _, out: h.update({layers[layer]: out})):
         P = answer_logprob(model, batch).exp()
-    grads = torch.autograd.grad(P.sum(), list(h.values()))  # examples do not touch: the sum's gradient is each one's
+    grads = torch.autograd.grad(P.sum(), list(h.values()))  # of the sum: examples do not touch
     return {name: (x * g).detach().view(*batch.ids.shape, -1) for (name, x), g in zip(h.items(), grads)}
 
 
 def influence(model: LM, rows: list, modules: tuple[str, ...] = MODULES) -> dict[str, Tensor]:
     """max_k and min_k of A over tokens, for every (x, y) and neuron: {module: (2, S, n)} (Eq. 2, 4, 5).
 
-    One (x, y) at a time. The last token of y predicts nothing and is left out: its A = 0 would bound every maximum.
+    One (x, y) at a time. The last token of y predicts nothing and is left out: its A = 0 would bound every
+    maximum.
     """
     found = {}
     for row in rows:
@@ -286,10 +306,11 @@ def influence(model: LM, rows: list, modules: tuple[str, ...] = MODULES) -> dict
     return {name: torch.stack(extremes, 1) for name, extremes in found.items()}
 
 
-def influence_variation(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:  # (2, S, n) twice -> (n,) twice
+def influence_variation(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:  # 2x (2, S, n) -> 2x (n,)
     """(D_pos, D_neg): knowledge erased and knowledge hidden, per neuron (Eq. 4, 5 with Appendix A's clamps).
 
-    Over-unlearning, a maximum below 0 afterwards, does not count as erased; a change towards the answer, not at all.
+    Over-unlearning, a maximum below 0 afterwards, does not count as erased; a change towards the answer, not
+    at all.
     """
     D_pos = (before[0] - after[0].clamp(min=0)).mean(0)                                     # Eq. 4
     D_neg = (before[1] - after[1]).mean(0)                                                  # Eq. 5
@@ -297,14 +318,17 @@ def influence_variation(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top(D: Tensor, m: int) -> float:
-    """The accumulated variation of the m neurons with the largest (Figure 3b; 3c at m = 100), in units of P."""
+    """The accumulated variation of the m neurons with the largest (Figure 3b; 3c at m = 100), in units of
+    P."""
     return D.topk(min(m, len(D))).values.sum().item()
 
 
 def intervals(measure: Callable[[Tensor], list[float]], n: int) -> list[list[float]]:
-    """[value, low, high] of each number measured on items 0 to n-1: the jackknife's normal 95 % interval over items.
+    """[value, low, high] of each number measured on items 0 to n-1: the jackknife's normal 95 % interval over
+    items.
 
-    Not a bootstrap: an item drawn twice adds noise to each neuron's mean, which lifts a top-m sum and lowers a rho.
+    Not a bootstrap: an item drawn twice adds noise to each neuron's mean, which lifts a top-m sum and lowers
+    a rho.
     """
     value, items = torch.tensor(measure(torch.arange(n))), torch.arange(n)
     left_out = torch.tensor([measure(items[items != i]) for i in range(n)])
@@ -313,8 +337,8 @@ def intervals(measure: Callable[[Tensor], list[float]], n: int) -> list[list[flo
 
 
 def hiding(before: Tensor, after: Tensor, m: int = 100) -> dict:  # (2, S, n) twice
-    """Section 4 in numbers: D+ and D- accumulated over the top m neurons with intervals, the share D- has of both
-    (above 0.5 more was hidden than erased), and the curves of Figure 3b."""
+    """Section 4 in numbers: D+ and D- accumulated over the top m neurons with intervals, the share D- has of
+    both (above 0.5 more was hidden than erased), and the curves of Figure 3b."""
     def measured(items: Tensor) -> list[float]:
         pos, neg = (top(D, m) for D in influence_variation(before[:, items], after[:, items]))
         return [pos, neg, neg / (pos + neg) if pos + neg else 0.5]
@@ -337,14 +361,15 @@ def correlation(a: Tensor, b: Tensor) -> float:  # (n,), (n,)
 
 @torch.no_grad()
 def logit_lens(model: LM, rows: list, wrong: list) -> Tensor:  # -> (L, S)
-    """Lead of y over a distractor after each of L blocks, nats per token: the last norm and the head applied to the
-    states there, each answer read with its own tokens (Section 6.3, Figure 4). The paper counts how often it is > 0.
-    """
+    """Lead of y over a distractor after each of L blocks, nats per token: the last norm and the head applied
+    to the states there, each answer read with its own tokens (Section 6.3, Figure 4). The paper counts how
+    often it is > 0."""
     def read(row: tuple) -> Tensor:  # -> (L,)
         batch, states = collate([row], model.device), []
         with hooked(model.model.layers, lambda layer, _, out: states.append(out)):
             model.hidden(batch.ids)
-        return torch.cat([answer_logprob(model, batch, model.model.norm(h)) for h in states]) / batch.answer.sum()
+        logp = [answer_logprob(model, batch, model.model.norm(h)) for h in states]
+        return torch.cat(logp) / batch.answer.sum()
     return torch.stack([read(row) - read(other) for row, other in zip(rows, wrong)], 1)
 
 
@@ -366,9 +391,10 @@ def by_module(before: dict[str, Tensor], after: dict[str, Tensor], m: int = 100)
 
 def by_rank(x: Tensor) -> dict:  # (2, n)
     """Figure 6a: the attributions of n neurons in order, largest maximum and least minimum first."""
-    k = decades(x.shape[1])
-    order = x[0].sort(descending=True).values, x[1].sort().values
-    return {"rank": k, **{key: values[torch.tensor(k) - 1].tolist() for key, values in zip(("max", "min"), order)}}
+    rank = decades(x.shape[1])
+    at = torch.tensor(rank) - 1
+    return {"rank": rank, "max": x[0].sort(descending=True).values[at].tolist(),
+            "min": x[1].sort().values[at].tolist()}
 
 
 def stability(a: Tensor, b: Tensor) -> dict:  # (2, S, n) twice
@@ -379,7 +405,8 @@ def stability(a: Tensor, b: Tensor) -> dict:  # (2, S, n) twice
 
 def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], seed: int) -> tuple[dict, dict[str, Tensor]]:
     """(scores and lens, `influence`) of one checkpoint."""
-    rows, wrong = ([encode(tokenizer, e.question, e.answers[0]) for e in part] for part in (C_f, distractors(C_f, seed)))
+    rows, wrong = ([encode(tokenizer, e.question, e.answers[0]) for e in part]
+                   for part in (C_f, distractors(C_f, seed)))
     with torch.no_grad():
         P = [answer_logprob(model, collate([row], model.device)).exp().item() for row in rows]
     lens = [score(block) for block in (logit_lens(model, rows, wrong) > 0).tolist()]
@@ -389,16 +416,17 @@ def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], seed: int) -> t
 
 
 def analyse(s: "Settings", paths: dict[str, str]) -> dict:
-    """Sections 4 and 6.3 to 6.5 for two or three checkpoints {before, after, attacked}, as analysis.json has it."""
+    """Sections 4 and 6.3 to 6.5 for two or three checkpoints {before, after, attacked}, as analysis.json has
+    it."""
     C_f, start, checkpoints, extremes, shapes = splits_of(s)[0], time.time(), {}, {}, {}
     for name, path in paths.items():
         model, tokenizer = load(path, device=s.device)
         shapes[name] = {n: p.shape for n, p in model.named_parameters()}
         if shapes[name] != shapes["before"]:
-            raise ValueError(f"{path}: found other weights than in {s.before}, expected the same model at a later time")
+            raise ValueError(f"{path}: found other weights than in {s.before}, expected the same model later")
         check_fits(model, tokenizer, C_f)
         checkpoints[name], extremes[name] = observe(model, tokenizer, C_f, s.seed)
-        print(f"{name} {path}: FS {checkpoints[name]['FS']['percent']:.1f}  {time.time() - start:.0f}s", flush=True)
+        print(f"{name} {path}: FS {cell(checkpoints[name]['FS'])}  {time.time() - start:.0f}s", flush=True)
     A = {name: torch.cat(list(modules.values()), 2) for name, modules in extremes.items()}      # (2, S, n)
     pairs = [pair for pair in (("before", "after"), ("after", "attacked")) if pair[1] in A]
     return {"n": len(C_f), "forget": s.forget, "paths": paths, "checkpoints": checkpoints,
@@ -414,11 +442,11 @@ def summary(r: dict) -> str:
         return f"{x[0]:.3g} [{x[1]:.2g}, {x[2]:.2g}]"
 
     x, end = r["variation"], r["checkpoints"]["after"]["lens"][-1]
-    lines = [f"erased D+ {interval(x['D_pos'])}, hidden D- {interval(x['D_neg'])}: share of D- {interval(x['share'])} "
-             f"(top {x['m']} of {x['neurons']}, n={r['n']})",
+    lines = [f"erased D+ {interval(x['D_pos'])}, hidden D- {interval(x['D_neg'])}: "
+             f"share of D- {interval(x['share'])} (top {x['m']} of {x['neurons']}, n={r['n']})",
              f"logit lens: {cell(end)} % prefer the answer after the last block"]
     for pair, rho in r["correlation"].items():
-        lines.append(f"attribution {pair}: rho of maxima {interval(rho['max'])}, of minima {interval(rho['min'])}")
+        lines.append(f"{pair}: rho of maxima {interval(rho['max'])}, minima {interval(rho['min'])}")
     return "\n".join(lines)
 
 
@@ -440,12 +468,13 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass
 class Data:
-    """The flags that all commands share. A field is a flag, its comment the help, its type what is accepted."""
+    """The flags that all commands share. A field is a flag, its comment the help, its type what is
+    accepted."""
     model: str = "data/tiny"             # checkpoint directory or hub id
     forget: str = "data/faithun.json"    # FaithUn's file; with --retain TOFU's forget01, or your rows like it
     retain: str | None = None            # TOFU's retain99, or your own: JSON lines of question and answer
     splits: str | None = None            # folder of FaithUn's split files; faithun_splits beside --forget
-    fold: Natural = 0                    # 0: the published forget set; 1, 2, ...: other disjoint ones of its size
+    fold: Natural = 0                    # 0: the published forget set; 1, 2, ...: other, disjoint ones
     test_limit: Count | None = None      # score so many items of C_t; all of FaithUn's, 300 of TOFU's
     seed: Seed = 0                       # of every random stream
     eval_batch: Count = 64               # sequences at a time when scoring
@@ -460,16 +489,17 @@ class Scored(Data):
 
 
 def read_flags(kind: type, doc: str, argv: list[str] | None = None):
-    """Fills the dataclass `kind`: a flag, else its value in RESUME/settings.json, else in MODEL/unlearn.json, else
-    the field's default, which is looked for beside the scripts. ValueError in one line for what does not fit."""
+    """Fills the dataclass `kind`: a flag, else its value in RESUME/settings.json, else in MODEL/unlearn.json,
+    else the field's default, which is looked for beside the scripts. ValueError in one line for what does not
+    fit."""
     types = get_type_hints(kind, include_extras=True)
     source = "".join(inspect.getsource(each) for each in kind.__mro__[:-1])
     helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0], allow_abbrev=False,
-                                     epilog="MODEL/unlearn.json may set numbers; the first line printed says which.")
+                                     epilog="MODEL/unlearn.json may set numbers; the first line says which.")
     parser.error = refuse
     for field in fields(kind):
-        many = get_origin(types[field.name]) is tuple or any(get_origin(x) is tuple for x in get_args(types[field.name]))
+        many = any(get_origin(x) is tuple for x in (types[field.name], *get_args(types[field.name])))
         form = {"action": "store_true"} if types[field.name] is bool else {"nargs": "+"} if many else {}
         shown = "" if field.default is None or field.default is False else f" ({field.default})"
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
@@ -482,7 +512,7 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
         file = Path(given["resume"], "settings.json")
         values = read_json(file).get("settings")
         if not isinstance(values, dict) or values.keys() != types.keys():
-            refuse(f"{file}: found {values!r:.40}, expected the settings of a run, with a value for each flag")
+            refuse(f"{file}: found {values!r:.40}, expected a run's settings, a value for each flag")
         s = fill(kind, values | given, file)
     else:
         s = settings_for(kind, given)
@@ -491,30 +521,34 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
 
 
 def settings_for(kind: type, given: dict):
-    """The settings `given`, and for the rest what the model sets itself, and the defaults, as seen from here."""
+    """The settings `given`, and for the rest what the model sets itself, and the defaults, as seen from
+    here."""
     paths = {f.name: os.path.relpath(ROOT / f.default) for f in fields(kind)
              if isinstance(f.default, str) and (ROOT / f.default).exists()}
     return kind(**paths | own_settings(kind, given.get("model", paths["model"])) | given)
 
 
 def own_settings(kind: type, model: str) -> dict:
-    """What MODEL/unlearn.json sets for this command, under the name of its script. Numbers alone: a model that was
-    downloaded may not choose names, paths or devices. Said on stderr, so that nothing is set unseen."""
+    """What MODEL/unlearn.json sets for this command, under the name of its script. Numbers alone: a model
+    that was downloaded may not choose names, paths or devices. Said on stderr, so that nothing is set
+    unseen."""
     file, section = Path(model, "unlearn.json"), Path(inspect.getfile(kind)).name
     values = read_json(file, default={}).get(section, {})
     if not isinstance(values, dict):
         raise ValueError(f"{file}: {section} is {values!r:.40}, expected an object")
     for key, value in values.items():
         if wanted(value, float | tuple[float, ...]):
-            raise ValueError(f"{file}: {section} {key} is {value!r:.40}, expected a number or a list of numbers")
-    values = {f.name: getattr(fill(kind, values, f"{file}: {section}"), f.name) for f in fields(kind) if f.name in values}
+            raise ValueError(f"{file}: {section} {key} is {value!r:.40}, expected a number or a list of them")
+    filled = fill(kind, values, f"{file}: {section}")
+    values = {key: getattr(filled, key) for key in values}
     if values:
         print(f"{file} sets {', '.join(f'{key} {value}' for key, value in values.items())}", file=sys.stderr)
     return values
 
 
 def from_text(text, kind):
-    """A flag's text as the number that `kind` asks for, or as it is; lists one by one, true for a bare flag."""
+    """A flag's text as the number that `kind` asks for, or as it is; lists one by one, true for a bare
+    flag."""
     if isinstance(text, list):
         return tuple(from_text(each, float) for each in text)
     if isinstance(text, bool) or not wanted(text, kind):
@@ -540,7 +574,8 @@ def check_device(device: str) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command: what is wrong with its input ends in one line on stderr and status 1, not in a traceback."""
+    """Runs a command: what is wrong with its input ends in one line on stderr and status 1, not in a
+    traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode costs no result
     try:
@@ -553,7 +588,7 @@ def run(main: Callable[[], None]) -> None:
         foreseen = (OSError, ValueError, FloatingPointError, SafetensorError, torch.OutOfMemoryError)
         text, place = " ".join(str(e).split()), traceback.extract_tb(e.__traceback__)[-1]
         if not isinstance(e, foreseen):
-            text = f"{type(e).__name__} at {Path(place.filename).name}:{place.lineno}: {text}; --traceback shows more"
+            text = f"{type(e).__name__}, {Path(place.filename).name}:{place.lineno}: {text}; see --traceback"
         sys.exit(f"error: {text}")
 
 
@@ -565,8 +600,9 @@ class Settings(Scored):
     out: str | None = None               # folder for analysis.json; --after
 
 
-def scores_of(model: LM, tokenizer: Tokenizer, sets: tuple, tasks: dict[str, list[Example]], s: Scored) -> dict:
-    """FS, RS, accuracy on the retain set, FaithUn's other questions about C_f, log P of C_f and its margin, US."""
+def scores_of(model: LM, tokenizer: Tokenizer, sets: tuple, tasks: dict, s: Scored) -> dict:
+    """FS, RS, accuracy on the retain set, FaithUn's other questions about C_f, log P of C_f and its margin,
+    US."""
     def percent(C: list[Example]) -> dict:
         return accuracy(model, tokenizer, C, s.eval_batch)
 

@@ -1,6 +1,6 @@
-"""SSIUU: suppress spurious unlearning neurons, so that knowledge is erased and not hidden (Section 5, Algorithm 1).
+"""SSIUU: suppress spurious unlearning neurons, so that knowledge is erased, not hidden (Section 5, Alg. 1).
 
-    python ssiuu.py --forget data/faithun.json                  # unlearn, score, attack, print the paper's row
+    python ssiuu.py --forget data/faithun.json           # unlearn, score, attack, print the paper's row
 
 code         paper                        shape      where
 phi          phi_t, the parameters        list       Eq. 12; one tensor a parameter, as in model.parameters()
@@ -43,8 +43,8 @@ import attack
 from data import Batch, Example, batches, check_fits, collate, encode, load_alpaca, load_utility
 from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, influence, item_scores, markdown
 from evaluate import mismatched_tau, read_flags, refuse, run, scores_of, settings_for, splits_of
-from model import LM, Count, Positive, Tokenizer, answer_logprob, fill, load, parse, read_json, read_text, save
-from model import write, write_json, write_tensors
+from model import LM, Count, Positive, Tokenizer, answer_logprob, fill, load, parse, read_json, read_text
+from model import save, write, write_json, write_tensors
 
 # ==================================================================== the method: torch only, paste from here
 import torch
@@ -57,8 +57,9 @@ Tensors = list[Tensor]
 def attribution(P: Tensor, phi: Tensors, hessian: bool = True) -> Tensors:
     """A = phi dP/dphi, each scalar parameter's attribution to P (Eq. 12; Alg. 1 l.5), with its graph.
 
-    P, a scalar: the sum of P(y|x) over b. Its graph has to be twice differentiable: attention written out, since
-    fused kernels have no second derivative. `hessian=False` takes g as a constant: Eq. 13 without its second term.
+    P, a scalar: the sum of P(y|x) over b. Its graph has to be twice differentiable: attention written out,
+    since fused kernels have no second derivative. `hessian=False` takes g as a constant: Eq. 13 without its
+    second term.
     """
     g = torch.autograd.grad(P, phi, create_graph=hessian, retain_graph=True)
     return [p * g_p for p, g_p in zip(phi, g)]                                                   # Eq. 12
@@ -75,7 +76,8 @@ def change(a: Tensor, a_prev: Tensor, i: Tensor) -> Tensor:
 
 
 def ssiuu_loss(A: Tensors, A_prev: Tensors, I_neg: Tensors) -> Tensor:  # -> ()
-    """L_SSIUU, the squared change of negative attribution (Eq. 6; Alg. 1 l.11). A_prev and I_neg are constants."""
+    """L_SSIUU, the squared change of negative attribution (Eq. 6; Alg. 1 l.11). A_prev and I_neg are
+    constants."""
     return sum(change(*x).square().sum() for x in zip(A, A_prev, I_neg))
 
 
@@ -85,11 +87,12 @@ def weights(A: Tensors, A_prev: Tensors, I_neg: Tensors, lam: float) -> Tensors:
 
 
 def descend(L: Tensor, A: Tensors, w: Tensors | None) -> None:
-    """Adds the gradient of J = L + lam L_SSIUU to each .grad: grad L + sum_i w_i grad A_i (Eq. 8, 9, 11; Alg. 1 l.13).
+    """Adds the gradient of J = L + lam L_SSIUU to each .grad: grad L + sum_i w_i grad A_i (Eq. 8, 9, 11; Alg.
+    1 l.13).
 
-    By the product rule grad A holds g and phi H (Eq. 13), so this is all of Eq. 14: 2 lam Delta g and, by double
-    backward, H v with v = w phi. It is linear in L and A: parts of a batch, each with the same w, add up exactly.
-    No w, as at t = 1, is no penalty (l.8).
+    By the product rule grad A holds g and phi H (Eq. 13), so this is all of Eq. 14: 2 lam Delta g and, by
+    double backward, H v with v = w phi. It is linear in L and A: parts of a batch, each with the same w, add
+    up exactly. No w, as at t = 1, is no penalty (l.8).
     """
     if w is None:
         L.backward()
@@ -103,7 +106,8 @@ def ga_loss(logp_f: Tensor) -> Tensor:  # (B,) -> ()
 
 
 def retain_loss(logp_r: Tensor) -> Tensor:  # (B,) -> ()
-    """The auxiliary retention loss: negative log-likelihood of the retain set, nats a sequence (C.2 (2) to (4))."""
+    """The auxiliary retention loss: negative log-likelihood of the retain set, nats a sequence (C.2 (2) to
+    (4))."""
     return -logp_r.mean()
 
 
@@ -112,8 +116,8 @@ def gd_loss(logp_f: Tensor, logp_r: Tensor) -> Tensor:  # (B,), (B',) -> ()
     return ga_loss(logp_f) + retain_loss(logp_r)
 
 
-def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float) -> Tensor:  # four (B,) -> ()
-    """-2/beta log sigmoid(beta (log pi_w/ref_w - log pi_l/ref_l)) (C.2 (3); Rafailov et al. 2023, Eq. 7).
+def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float) -> Tensor:
+    """-2/beta log sigmoid(beta (log pi_w/ref_w - log pi_l/ref_l)), (B,) each -> () (C.2 (3); Rafailov et al. 2023)
 
     w is the refusal, l the true answer, ref the log-probabilities before unlearning. 2/beta is the scale of
     Zhang et al. 2024, beside which the retention loss has weight 1.
@@ -122,12 +126,14 @@ def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta:
 
 
 def npo_loss(logp_f: Tensor, ref_f: Tensor, beta: float) -> Tensor:  # (B,), (B,) -> ()
-    """DPO without the winner: -2/beta log sigmoid(-beta log pi/ref), log P(y|x) summed (C.2 (4); Zhang et al. 2024)."""
+    """DPO without the winner: -2/beta log sigmoid(-beta log pi/ref), log P(y|x) summed (C.2 (4); Zhang et al.
+    2024)."""
     return -2 / beta * logsigmoid(-beta * (logp_f - ref_f)).mean()
 
 
 def rmu_loss(h_f: Tensor, h_r: Tensor, h_r0: Tensor, u: Tensor, c: float, alpha: float) -> Tensor:
-    """Steers forget states to c u, keeps retain states (C.2 (5); Li et al. 2024). (N, D), (N', D) twice, (D,) -> ().
+    """Steers forget states to c u, keeps retain states (C.2 (5); Li et al. 2024). (N, D), (N', D) twice, (D,)
+    -> ().
 
     Rows are real tokens, prompt and answer; the published code counts padding too. h_r0: before unlearning.
     """
@@ -135,10 +141,12 @@ def rmu_loss(h_f: Tensor, h_r: Tensor, h_r0: Tensor, u: Tensor, c: float, alpha:
 
 
 def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:  # (n,), (N, n) -> (n,) bool
-    """The `share` of neurons that hold the facts (C.2 (6); Yang et al. 2025, reconstructed: no code was published).
+    """The `share` of neurons that hold the facts (C.2 (6); Yang et al. 2025, reconstructed: no code was
+    published).
 
-    A: attribution of each neuron (Eq. 1, max over tokens, mean over C_f). A_wrong: the same for N questions that do
-    not belong to the answer: what is positive there is superficial knowledge and counts alpha times against it.
+    A: attribution of each neuron (Eq. 1, max over tokens, mean over C_f). A_wrong: the same for N questions
+    that do not belong to the answer: what is positive there is superficial knowledge and counts alpha times
+    against it.
     """
     score = A - alpha * A_wrong.clamp(min=0).mean(0)
     chosen = score.topk(round(share * len(score))).indices
@@ -159,13 +167,13 @@ class Settings(Scored):
     method: Literal[METHODS] = "ssiuu"    # of Table 1; random: a mask of KLUE's size, its control
     backbone: Literal["gd", "ga", "dpo", "npo"] = "gd"  # the loss under SSIUU's penalty (C.2 (7))
     lam: Amount = 1e-3                    # weight of the penalty (C.2 (7): 1e-3 FaithUn, 1e-4 TOFU)
-    lr: Rate = 1e-5                       # eta; unpublished: the paper takes the lowest that still converges (6.1)
+    lr: Rate = 1e-5                       # eta; unpublished: the lowest that still converges (6.1)
     steps: Count = 100                    # T, at most; unpublished
-    tau: Amount | None = None             # stop at FS <= tau, a fraction (6.1); 0.33, TOFU: computed (C.1: 0.1971)
-    batch_size: Count | None = None       # b and b'; unpublished; all of C_f, where Alg. 1 l.12 and Eq. 3 agree
-    micro_batch: Count | None = None      # sequences in one graph: less memory, more time, the same result (not RMU)
+    tau: Amount | None = None             # stop at FS <= tau (6.1); 0.33, TOFU: computed (C.1: 0.1971)
+    batch_size: Count | None = None       # b and b'; unpublished; all of C_f: Alg. 1 l.12 and Eq. 3 agree
+    micro_batch: Count | None = None      # sequences in one graph: less memory, the same result (not RMU)
     per_example: bool = False             # square A per (x, y) as Eq. 6, not its sum over b as Alg. 1 l.11
-    anchor: Literal["previous", "initial"] = "previous"  # A_prev: previous step (Eq. 3), or original level (Section 1)
+    anchor: Literal["previous", "initial"] = "previous"  # A_prev: last step (Eq. 3) or first (Section 1)
     target: Literal["prob", "logprob"] = "prob"  # P: prob (Eq. 12), or logprob, which does not vanish with P
     scope: Literal["all", "linear"] = "all"  # penalised: every parameter (Eq. 12), or q k v o gate up down
     first_order: bool = False             # leave the Hessian out of Eq. 13 and 14
@@ -173,7 +181,7 @@ class Settings(Scored):
     rmu_alpha: Positive = 100.0           # weight of RMU's retain term (C.2 (5): 20 to 300)
     klue_share: Share = 0.1               # share of FFN neurons that KLUE updates (C.2 (6))
     no_attack: bool = False               # leave out the attacks; attack.py tunes them
-    dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic; bfloat16 is autocast, weights stay float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast: weights stay float32
     save_every: Count = 10                # steps between resumable states
     name: str | None = None               # results go to runs/<name>; <method>-<model>
     resume: str | None = None             # continue the run in this folder
@@ -181,28 +189,32 @@ class Settings(Scored):
 
 @dataclass
 class State:
-    """What Algorithm 1 carries from step to step, beside the weights, and what a method took from the original ones."""
+    """What Algorithm 1 carries from step to step, beside the weights, and what a method took from the
+    original ones."""
     optimizer: torch.optim.Optimizer
-    loss: Callable[[Tensor, list[int]], Tensor]       # the forget term of (log P(y|x) of items, their indices in C_f)
-    masks: Tensors | None = None                      # KLUE: which rows of a weight may move
-    steer: tuple[Tensor, Tensors] | None = None       # RMU: u, and the original weights of the layers it trains
+    loss: Callable[[Tensor, list[int]], Tensor]  # the forget term of (log P(y|x) of items, indices in C_f)
+    masks: Tensors | None = None                 # KLUE: which rows of a weight may move
+    steer: tuple[Tensor, Tensors] | None = None  # RMU: u, and the original weights of what it trains
     t: int = 0
     A_prev: dict[int, Tensors] = field(default_factory=dict)  # {0: A of b}, or {index in C_f: A of (x, y)}
 
 
 class Part(NamedTuple):
-    """A micro-batch. `key`: whose A it belongs to, 0 for the batch's (Alg. 1), the item's with --per-example."""
+    """A micro-batch. `key`: whose A it belongs to, 0 for the batch's (Alg. 1), the item's with
+    --per-example."""
     items: list[int]
     batch: Batch
     share: float  # of the batch
     key: int
 
 
-def parts_of(rows: list[Row], items: list[int], size: int | None, device, per_example: bool = False) -> list[Part]:
-    size = 1 if per_example else size or len(items)
-    cut = [items[i:i + size] for i in range(0, len(items), size)]
-    return [Part(part, collate([rows[i] for i in part], device), len(part) / len(items), part[0] if per_example else 0)
-            for part in cut]
+def parts_of(rows: list[Row], items: list[int], size: int | None, device, each: bool = False) -> list[Part]:
+    size = 1 if each else size or len(items)
+    parts = []
+    for part in (items[i:i + size] for i in range(0, len(items), size)):
+        batch = collate([rows[i] for i in part], device)
+        parts.append(Part(part, batch, len(part) / len(items), part[0] if each else 0))
+    return parts
 
 
 # ---------------------------------------------------------------------------------------- the baselines
@@ -214,7 +226,8 @@ def backbone_of(s: Settings) -> str:
 
 
 def trained(model: LM, method: str) -> dict[str, nn.Parameter]:
-    """The parameters a method updates, selected by name: by index RMU would train o_proj in Qwen2, which has biases."""
+    """The parameters a method updates, selected by name: by index RMU would train o_proj in Qwen2, which has
+    biases."""
     layer = rmu_layer(model)
     if method == "rmu":
         names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(max(0, layer - 2), layer + 1)]
@@ -231,15 +244,17 @@ def rmu_layer(model: LM) -> int:
 
 
 def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> State:
-    """The state before step 1, from the original weights; a resumed run makes it again, then loads the rest."""
+    """The state before step 1, from the original weights; a resumed run makes it again, then loads the
+    rest."""
     parameters = trained(model, s.method)
     model.requires_grad_(False)
     for p in parameters.values():
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters.values(), lr=s.lr, weight_decay=0.0, fused=True)
-    state, draw = State(optimizer, forget_term(model, tokenizer, C_f, s)), torch.Generator().manual_seed(s.seed)
+    state = State(optimizer, forget_term(model, tokenizer, C_f, s))
+    draw = torch.Generator().manual_seed(s.seed)
     if s.method == "rmu":
-        u = torch.rand(model.config.hidden_size, generator=draw).to(model.device)  # 0 to 1 as published, not Gaussian
+        u = torch.rand(model.config.hidden_size, generator=draw).to(model.device)  # not Gaussian
         state.steer = u / u.norm(), [p.detach().clone() for p in parameters.values()]
     if s.method in ("klue", "random"):
         sizes = [len(p) for p in parameters.values()]
@@ -252,7 +267,8 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
 
 @torch.no_grad()
 def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Callable:
-    """The backbone's loss on forget items; DPO and NPO keep reference numbers, not a second model in memory."""
+    """The backbone's loss on forget items; DPO and NPO keep reference numbers, not a second model in
+    memory."""
     def reference(rows: list[Row]) -> Tensor:  # -> (N,)
         return torch.cat([answer_logprob(model, collate([row], model.device)) for row in rows])
 
@@ -274,7 +290,8 @@ def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings
 
 
 def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (n,) bool
-    """KLUE's neurons, in the order of `trained`: outputs of gate, up and down, ranked over all blocks at once."""
+    """KLUE's neurons, in the order of `trained`: outputs of gate, up and down, ranked over all blocks at
+    once."""
     def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # Eq. 1, max over tokens, App. A's clamp
         A = influence(model, [encode(tokenizer, *pair) for pair in pairs], FFN)
         return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()])
@@ -282,7 +299,10 @@ def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -
     draw = random.Random(f"klue {s.seed}")
     others = [[x.question for x in C_f if x.answers[0] != e.answers[0]] for e in C_f]
     A = attribution_of([(e.question, e.answers[0]) for e in C_f])
-    wrong = [attribution_of([(draw.choice(qs), e.answers[0]) for qs, e in zip(others, C_f)]) for _ in range(KLUE_N)]
+    wrong = []
+    for _ in range(KLUE_N):
+        pairs = [(draw.choice(questions), e.answers[0]) for questions, e in zip(others, C_f)]
+        wrong.append(attribution_of(pairs))
     return klue_mask(A, torch.stack(wrong), KLUE_ALPHA, s.klue_share)
 
 
@@ -318,7 +338,8 @@ def scope_of(model: LM, scope: str) -> Tensors:
 
 
 class Graph(NamedTuple):
-    """Of one part of b, from one forward pass: its share of L and its A, with their graph, and log P(y|x) without."""
+    """Of one part of b, from one forward pass: its share of L and its A, with their graph, and log P(y|x)
+    without."""
     L: Tensor
     A: Tensors
     logp: Tensor
@@ -335,12 +356,13 @@ def P_of(logp: Tensor, target: str) -> Tensor:  # (B,) -> ()
     return logp.sum() if target == "logprob" else logp.exp().sum()
 
 
-def batch_attribution(model: LM, b: list[Part], one: Graph | None, phi: Tensors, target: str) -> dict[int, Tensors]:
-    """{key: A summed over its parts, as constants} (Alg. 1 l.5). `one`: the graph of the only part, where there is."""
+def batch_attribution(model: LM, b: list[Part], one: Graph | None, phi: Tensors, target: str) -> dict:
+    """{key: A summed over its parts, as constants} (Alg. 1 l.5). `one`: the graph of the only part, where
+    there is."""
     A = {}
     for part in b:
-        a_part = one.A if one else attribution(P_of(answer_logprob(model, part.batch), target), phi, hessian=False)
-        constant = [a.detach() for a in a_part]
+        P = None if one else P_of(answer_logprob(model, part.batch), target)
+        constant = [a.detach() for a in (one.A if one else attribution(P, phi, hessian=False))]
         A[part.key] = [x.add_(a) for x, a in zip(A[part.key], constant)] if part.key in A else constant
     return A
 
@@ -349,8 +371,9 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             state: State) -> Iterator[dict]:
     """Algorithm 1; yields the numbers of each step, the last one where FS <= tau (Section 6.1).
 
-    A baseline has its own loss, mask or step, and an empty phi: nothing is penalised. b' comes after b, so that its
-    gradient never lies beside a graph of b. l.14 is AdamW, not plain descent. FloatingPointError on NaN or infinity.
+    A baseline has its own loss, mask or step, and an empty phi: nothing is penalised. b' comes after b, so
+    that its gradient never lies beside a graph of b. l.14 is AdamW, not plain descent. FloatingPointError on
+    NaN or infinity.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     phi = scope_of(model, s.scope) if s.method == "ssiuu" else []
@@ -372,7 +395,7 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         one = forget_graph(model, b[0], phi, state, s) if len(b) == 1 else None                  # l.4
         A = batch_attribution(model, b, one, phi, s.target) if phi else {}                       # l.5
         I_neg = negative([reduce(torch.add, a) for a in zip(*A.values())])                       # l.10
-        for key in [key for key in A if key in state.A_prev]:                                    # l.7-9: not at t = 1
+        for key in [key for key in A if key in state.A_prev]:                                    # l.7: t > 1
             L_ssiuu += ssiuu_loss(A[key], state.A_prev[key], I_neg).item()                       # l.11
             w[key] = weights(A[key], state.A_prev[key], I_neg, s.lam)                            # Eq. 10
         state.A_prev = state.A_prev | A if s.anchor == "previous" else A | state.A_prev          # l.12
@@ -397,7 +420,7 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         state.optimizer.step()                                                                   # l.14
         state.optimizer.zero_grad()
         scores = item_scores(model, tokenizer, C_f, s.eval_batch)
-        FS = round(100 * statistics.fmean(scores), 2)  # as logged: a resumed run must stop where this one does
+        FS = round(100 * statistics.fmean(scores), 2)  # as logged: a resumed run stops where this one does
         yield {"kind": "step", "t": state.t, **record, "FS": FS, "seconds": time.time() - start}
         if reached(FS, s.tau):                                                                   # Section 6.1
             return
@@ -408,11 +431,12 @@ def share_of(masks: Tensors) -> float:
 
 
 def check_finite(record: dict, learning: Tensors, s: Settings) -> None:
-    """A model of NaN answers nothing and would pass for unlearned, so the gradient is checked, not the loss alone."""
+    """A model of NaN answers nothing and would pass for unlearned, so the gradient is checked, not the loss
+    alone."""
     record["grad"] = torch.nn.utils.get_total_norm([p.grad for p in learning]).item()
     if not all(math.isfinite(x) for x in record.values()):
-        raise FloatingPointError(f"loss or gradient is not finite (L {record['L']:.3g}, gradient {record['grad']:.3g}), "
-                                 f"expected numbers: lower --lr {s.lr:g} or --lam {s.lam:g}")
+        raise FloatingPointError(f"L is {record['L']:.3g}, its gradient's norm {record['grad']:.3g}, expected "
+                                 f"finite numbers: lower --lr {s.lr:g} or --lam {s.lam:g}")
 
 
 def reached(FS: float, tau: float) -> bool:
@@ -424,7 +448,8 @@ def reached(FS: float, tau: float) -> bool:
 
 
 def state_tensors(model: LM, state: State) -> dict[str, Tensor]:
-    """What the next step needs, by name: weights, Adam's moments, A_prev (without it a step loses its penalty)."""
+    """What the next step needs, by name: weights, Adam's moments, A_prev (without it a step loses its
+    penalty)."""
     tensors = {f"model {name}": w for name, w in model.named_parameters()}
     for i, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"adam {i} {key}": x for key, x in moments.items()}
@@ -434,21 +459,24 @@ def state_tensors(model: LM, state: State) -> dict[str, Tensor]:
 
 
 def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
-    """Puts a saved state into `model` and `state`. ValueError unless it has just the tensors that belong there."""
+    """Puts a saved state into `model` and `state`. ValueError unless it has just the tensors that belong
+    there."""
     with safe_open(path, "pt", device=str(model.device)) as file:
         found, t = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("t", "")
     if s.method == "ssiuu":
         keys = {name.split()[1] for name in found if name.startswith("A_prev ")} if s.per_example else {"0"}
-        state.A_prev = {int(key): [torch.empty_like(p) for p in scope_of(model, s.scope)] for key in sorted(keys)}
+        phi = scope_of(model, s.scope)
+        state.A_prev = {int(key): [torch.empty_like(p) for p in phi] for key in sorted(keys)}
     for group in state.optimizer.param_groups:
         for p in group["params"]:
-            moments = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            state.optimizer.state[p] = moments
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            state.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     expected = state_tensors(model, state)
     wrong = sorted(expected.keys() ^ found.keys())
     wrong += [name for name in expected if not wrong and expected[name].shape != found[name].shape]
     if wrong or not t.isdecimal():
-        raise ValueError(f"{path}: {wrong[0] if wrong else 't'} is missing, misshapen or not expected in this run's state")
+        name = wrong[0] if wrong else "t"
+        raise ValueError(f"{path}: {name} is missing, misshapen or not expected in this run's state")
     state.t = int(t)
     for name, x in expected.items():
         x.data.copy_(found[name])
@@ -481,7 +509,8 @@ def note(folder: Path, log: list[dict], record: dict) -> dict:
 
 
 def new_folder(s: Settings) -> Path:
-    """runs/<name>, taken by making it; the default name counts up where it is taken, a chosen one must be free."""
+    """runs/<name>, taken by making it; the default name counts up where it is taken, a chosen one must be
+    free."""
     name = s.name or f"{s.method}-{Path(s.model).name}"
     if Path(name).name != name or name == "..":
         refuse(f"--name: found {name!r}, expected the name of one folder, without a path")
@@ -497,8 +526,8 @@ def new_folder(s: Settings) -> Path:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Inside, no other process works in this folder. The system frees the lock, however this one ends. A folder in
-    which nothing was recorded is given back; an unforeseen error leaves its traceback there."""
+    """Inside, no other process works in this folder. The system frees the lock, however this one ends. A
+    folder in which nothing was recorded is given back; an unforeseen error leaves its traceback there."""
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -520,17 +549,20 @@ def identity(model: LM, tokenizer: Tokenizer, **data) -> dict[str, str]:
     for name, p in model.named_parameters():
         weights.update(name.encode())
         weights.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    texts = {"tokenizer": tokenizer.tokens.to_str(), **{name: repr(examples) for name, examples in data.items()}}
-    return {"weights": weights.hexdigest()} | {k: hashlib.sha256(x.encode()).hexdigest() for k, x in texts.items()}
+    found = {"weights": weights.hexdigest()}
+    for name, value in {"tokenizer": tokenizer.tokens.to_str(), **data}.items():
+        found[name] = hashlib.sha256(repr(value).encode()).hexdigest()
+    return found
 
 
 def provenance() -> dict:
     """What made a result: the commit, the versions, the machine."""
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+        command = ["git", "describe", "--always", "--dirty"]
+        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         git = ""
-    return {"commit": git.strip() or None, "torch": torch.__version__, "python": platform.python_version(),
+    return {"commit": git or None, "torch": torch.__version__, "python": platform.python_version(),
             "machine": platform.machine(), "threads": torch.get_num_threads()}
 
 
@@ -542,9 +574,9 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     state, start, path = begin(model, tokenizer, sets[0], s), time.time(), folder / "state.safetensors"
     if path.is_file():
         load_state(path, model, state, s)
-    steps = [r for r in log if r["kind"] == "step" and r["t"] <= state.t]  # what follows the state is done again
+    steps = [r for r in log if r["kind"] == "step" and r["t"] <= state.t]  # the rest is done again
     if len(steps) < state.t:
-        raise ValueError(f"{folder}/log.jsonl: found {len(steps)} steps, expected the {state.t} of {path.name}")
+        raise ValueError(f"{folder}/log.jsonl: found {len(steps)} steps, expected {state.t}, as {path.name}")
     log[:] = [r for r in log if r["kind"] == "before"] + steps
     write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
     first, done = state.t, steps and reached(steps[-1]["FS"], s.tau)
@@ -561,16 +593,19 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     return log[-1]
 
 
-def robustness(model: LM, tokenizer: Tokenizer, C_f: list[Example], instructions: list[Example], s: attack.Settings,
-               folder: Path, log: list[dict]) -> dict:
-    """Section 6.2.2 on the unlearned model; each cell is printed and logged as it ends, one in the log is not run."""
+def robustness(model: LM, tokenizer: Tokenizer, C_f: list[Example], instructions: list[Example],
+               s: attack.Settings, folder: Path, log: list[dict]) -> dict:
+    """Section 6.2.2 on the unlearned model; each cell is printed and logged as it ends, one in the log is not
+    run."""
     known, start = [r for r in log if r["kind"] in ("harmful", "benign")], time.time()
 
     def report(label: str, c: dict) -> None:
         if c not in known:
             note(folder, log, c)
-        curve = c.get("failed") or (f"FS max {max(c['FS'][1:]):.1f} of n {c['n']}  margin {c['margin'][0]:.2f} -> "
-                                    f"{max(c['margin'][1:]):.2f}")
+        curve = c.get("failed")
+        if not curve:
+            most, rise = max(c["FS"][1:]), f"{c['margin'][0]:.2f} -> {max(c['margin'][1:]):.2f}"
+            curve = f"FS max {most:.1f} of n {c['n']}  margin {rise}"
         print(f"{label}  draw {c['seed']}  lr {c['lr']:g}  {curve}  {time.time() - start:.0f}s", flush=True)
 
     pool = attack.falsely_answered(model, tokenizer, C_f, s.eval_batch)
@@ -586,7 +621,8 @@ def table(rows: dict[str, dict]) -> str:
     return markdown([head, *lines])
 
 
-FREE = {"steps", "device", "eval_batch", "micro_batch", "save_every", "no_attack", "traceback", "name", "resume"}
+FREE = {"steps", "device", "eval_batch", "micro_batch", "save_every", "no_attack", "traceback", "name",
+        "resume"}
 
 
 def begun(folder: Path, record: dict[str, dict]) -> None:
@@ -596,7 +632,7 @@ def begun(folder: Path, record: dict[str, dict]) -> None:
         for key, was in values.items():
             found = now.get(part, {}).get(key)
             if key not in FREE and was != found:
-                raise ValueError(f"{file}: {part} {key}: found {found!r:.60}, expected {was!r:.60}, as the run began")
+                raise ValueError(f"{file}: {part} {key}: found {found!r:.60}, expected {was!r:.60}")
     write_json(file, record)
 
 
@@ -613,14 +649,16 @@ def experiment(s: Settings, folder: Path) -> dict:
         s.tau = mismatched_tau(sets[0]) if s.retain else 0.33
     begun(folder, {"settings": asdict(s), "attack": asdict(attacker),
                    "made of": identity(model, tokenizer, facts=sets, instructions=instructions, tasks=tasks)})
-    print(f"{folder}: {s.method} on {s.model}, forget {len(sets[0])}, retain {len(sets[1])}, test {len(sets[2])}, "
-          f"lr {s.lr:g}, tau {s.tau:.4g}", flush=True)
+    print(f"{folder}: {s.method} on {s.model}, forget {len(sets[0])}, retain {len(sets[1])}, "
+          f"test {len(sets[2])}, lr {s.lr:g}, tau {s.tau:.4g}", flush=True)
     done = {r["kind"]: r for r in log}
-    before = done.get("before") or note(folder, log, {"kind": "before", **scores_of(model, tokenizer, sets, tasks, s)})
+    before = done.get("before")
+    if not before:
+        before = note(folder, log, {"kind": "before", **scores_of(model, tokenizer, sets, tasks, s)})
     print(f"before  FS {cell(before['FS'])}  RS {cell(before['RS'])}", flush=True)
     if reached(before["FS"]["percent"], s.tau):
         raise ValueError(f"{s.model}: FS is {before['FS']['percent']} before unlearning, expected above "
-                         f"{100 * s.tau:g}; a model that does not know the facts is taught first: data/teach.py")
+                         f"{100 * s.tau:g}; a model that does not know the facts: data/teach.py")
     after = done.get("after")
     if after and (after["reached"] or after["steps"] >= s.steps):
         model, tokenizer = load(folder, device=s.device)
@@ -630,7 +668,9 @@ def experiment(s: Settings, folder: Path) -> dict:
                                    **scores_of(model, tokenizer, sets, tasks, s)})
     print(f"after   FS {cell(after['FS'])}  RS {cell(after['RS'])}  in {after['steps']} steps"
           + ("" if after["reached"] else f"; tau = {s.tau:.4g} NOT reached"), flush=True)
-    attacked = {} if s.no_attack else robustness(model, tokenizer, sets[0], instructions, attacker, folder, log)
+    attacked = {}
+    if not s.no_attack:
+        attacked = robustness(model, tokenizer, sets[0], instructions, attacker, folder, log)
     result = {"settings": asdict(s), "attack settings": asdict(attacker), "before": before, "after": after,
               "attacks": attacked, **provenance(), "seconds": round(time.time() - start, 1)}
     write_json(folder / "result.json", result)
@@ -640,8 +680,9 @@ def experiment(s: Settings, folder: Path) -> dict:
 def main() -> None:
     s = read_flags(Settings, __doc__)
     folder = Path(s.resume) if s.resume else new_folder(s)
-    autocast = torch.autocast(torch.device(s.device).type, torch.bfloat16, s.dtype == "bfloat16", cache_enabled=False)
-    with held(folder), autocast:  # no cache: it would keep the cast weights of the first step
+    kind, half = torch.device(s.device).type, s.dtype == "bfloat16"
+    # No cache: it would keep the cast weights of the first step.
+    with held(folder), torch.autocast(kind, torch.bfloat16, half, cache_enabled=False):
         result = experiment(s, folder)
     rows = {"Default": result["before"], s.method: {**result["after"], "attacks": result["attacks"]}}
     print(f"\n{table(rows)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
