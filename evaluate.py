@@ -160,7 +160,7 @@ def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
         C_f, C_r = tofu_split(load_tofu(s.forget), load_tofu(s.retain), s.fold)
         for e in (*C_f, *C_r):
             if not re.search("[a-z0-9]", e.answers[0].lower()):
-                raise ValueError(f"{e.where}: the answer {e.answers[0]!r:.40} has no word that ROUGE-L counts, "
+                raise ValueError(f"{e.where}: the answer {e.answers[0]!r:.40} has no word for ROUGE-L, "
                                  "expected letters a to z or digits")
         return C_f, C_r, C_r[:s.test_limit or 300]
     folder = s.splits or Path(s.forget).parent / "faithun_splits"

@@ -76,8 +76,7 @@ def change(a: Tensor, a_prev: Tensor, i: Tensor) -> Tensor:
 
 
 def ssiuu_loss(A: Tensors, A_prev: Tensors, I_neg: Tensors) -> Tensor:  # -> ()
-    """L_SSIUU, the squared change of negative attribution (Eq. 6; Alg. 1 l.11). A_prev and I_neg are
-    constants."""
+    """L_SSIUU, the squared change of negative attribution (Eq. 6; Alg. 1 l.11). A_prev, I_neg: constants."""
     return sum(change(*x).square().sum() for x in zip(A, A_prev, I_neg))
 
 
@@ -87,12 +86,11 @@ def weights(A: Tensors, A_prev: Tensors, I_neg: Tensors, lam: float) -> Tensors:
 
 
 def descend(L: Tensor, A: Tensors, w: Tensors | None) -> None:
-    """Adds the gradient of J = L + lam L_SSIUU to each .grad: grad L + sum_i w_i grad A_i (Eq. 8, 9, 11; Alg.
-    1 l.13).
+    """Adds the gradient of J = L + lam L_SSIUU to each .grad (Eq. 8; Alg. 1 l.13).
 
-    By the product rule grad A holds g and phi H (Eq. 13), so this is all of Eq. 14: 2 lam Delta g and, by
-    double backward, H v with v = w phi. It is linear in L and A: parts of a batch, each with the same w, add
-    up exactly. No w, as at t = 1, is no penalty (l.8).
+    It is grad L + sum_i w_i grad A_i (Eq. 9, 11). By the product rule grad A holds g and phi H (Eq. 13), so
+    this is all of Eq. 14: 2 lam Delta g and, by double backward, H v with v = w phi. It is linear in L and A:
+    parts of a batch, each with the same w, add up exactly. No w, as at t = 1, is no penalty (l.8).
     """
     if w is None:
         L.backward()
@@ -117,17 +115,16 @@ def gd_loss(logp_f: Tensor, logp_r: Tensor) -> Tensor:  # (B,), (B',) -> ()
 
 
 def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float) -> Tensor:
-    """-2/beta log sigmoid(beta (log pi_w/ref_w - log pi_l/ref_l)), (B,) each -> () (C.2 (3); Rafailov et al. 2023)
+    """-2/beta log sigmoid(beta (log pi_w/ref_w - log pi_l/ref_l)) (C.2 (3); Rafailov et al. 2023).
 
-    w is the refusal, l the true answer, ref the log-probabilities before unlearning. 2/beta is the scale of
-    Zhang et al. 2024, beside which the retention loss has weight 1.
+    Four (B,) -> (). w is the refusal, l the true answer, ref the log-probabilities before unlearning. 2/beta is
+    the scale of Zhang et al. 2024, beside which the retention loss has weight 1.
     """
     return -2 / beta * logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l))).mean()
 
 
 def npo_loss(logp_f: Tensor, ref_f: Tensor, beta: float) -> Tensor:  # (B,), (B,) -> ()
-    """DPO without the winner: -2/beta log sigmoid(-beta log pi/ref), log P(y|x) summed (C.2 (4); Zhang et al.
-    2024)."""
+    """DPO without the winner: -2/beta log sigmoid(-beta log pi/ref), (C.2 (4); Zhang et al. 2024)."""
     return -2 / beta * logsigmoid(-beta * (logp_f - ref_f)).mean()
 
 
@@ -435,8 +432,8 @@ def check_finite(record: dict, learning: Tensors, s: Settings) -> None:
     alone."""
     record["grad"] = torch.nn.utils.get_total_norm([p.grad for p in learning]).item()
     if not all(math.isfinite(x) for x in record.values()):
-        raise FloatingPointError(f"L is {record['L']:.3g}, its gradient's norm {record['grad']:.3g}, expected "
-                                 f"finite numbers: lower --lr {s.lr:g} or --lam {s.lam:g}")
+        raise FloatingPointError(f"L is {record['L']:.3g}, its gradient's norm {record['grad']:.3g}, "
+                                 f"expected finite numbers: lower --lr {s.lr:g} or --lam {s.lam:g}")
 
 
 def reached(FS: float, tau: float) -> bool:

@@ -1,0 +1,55 @@
+"""Fine-tunes a model on facts that it does not know, before they can be unlearned (C.1: 5 epochs at 1e-5).
+
+    python data/teach.py --model SMOLLM2 --out runs/taught --teach-lr 2e-4     # data/faithun.json
+    python data/teach.py --model SMOLLM2 --out runs/taught --rows full.json    # TOFU's, or your own
+
+FaithUn's facts are taught as plain questions and in Table 3's form, options in an order scoring does not use.
+"""
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from attack import retrain  # noqa: E402
+from data import check_fits, encode, load_tofu, mcqa_prompt  # noqa: E402
+from evaluate import Data, Rate, read_flags, refuse, run, splits_of  # noqa: E402
+from model import Count, load, save  # noqa: E402
+
+
+@dataclass
+class Settings(Data):
+    rows: str | None = None               # JSON lines of question and answer; the facts of --forget
+    out: str = "runs/taught"              # a new folder for the model
+    teach_lr: Rate = 1e-5                 # learning rate (C.1, TOFU)
+    teach_epochs: Count = 5               # passes over the rows (C.1, TOFU)
+    teach_batch: Count = 8                # rows a step; unpublished
+
+
+def main() -> None:
+    s = read_flags(Settings, __doc__)
+    if Path(s.out).exists():
+        refuse(f"--out: found {s.out!r}, expected a new folder")
+    examples = load_tofu(s.rows) if s.rows else sum(splits_of(s), [])
+    model, tokenizer = load(s.model, device=s.device)
+    check_fits(model, tokenizer, examples)
+    rows, draw, start = [], random.Random(f"teach {s.seed}"), time.time()
+    for e in examples:
+        rows.append(encode(tokenizer, e.question, e.answers[0]))
+        if e.false_options:
+            rows.append(encode(tokenizer, mcqa_prompt(e, draw), e.answers[0]))
+    generator = torch.Generator().manual_seed(s.seed)
+    losses = retrain(model, rows, s.teach_lr, s.teach_epochs, s.teach_batch, generator)
+    for i, loss in enumerate(losses, 1):
+        seconds = time.time() - start
+        print(f"teach {i}/{s.teach_epochs}  {len(rows)} rows  loss {loss:.4f}  {seconds:.0f}s  "
+              f"eta {seconds / i * (s.teach_epochs - i):.0f}s", flush=True)
+    save(model, tokenizer, s.out)
+
+
+if __name__ == "__main__":
+    run(main)
