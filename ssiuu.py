@@ -117,8 +117,8 @@ def gd_loss(logp_f: Tensor, logp_r: Tensor) -> Tensor:  # (B,), (B',) -> ()
 def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float) -> Tensor:
     """-2/beta log sigmoid(beta (log pi_w/ref_w - log pi_l/ref_l)) (C.2 (3); Rafailov et al. 2023).
 
-    Four (B,) -> (). w is the refusal, l the true answer, ref the log-probabilities before unlearning. 2/beta is
-    the scale of Zhang et al. 2024, beside which the retention loss has weight 1.
+    Four (B,) -> (). w is the refusal, l the true answer, ref the log-probabilities before unlearning. 2/beta
+    is the scale of Zhang et al. 2024, beside which the retention loss has weight 1.
     """
     return -2 / beta * logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l))).mean()
 

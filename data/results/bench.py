@@ -64,8 +64,8 @@ def peak_memory(device: str) -> Callable[[], float]:
 
 
 def steps(model: LM, s: Settings, method: str, shared: list) -> Iterator[dict]:
-    """Endless steps of a method, by Algorithm 1 as the command runs it. Both methods share one optimizer, as each
-    would hold moments like the weights."""
+    """Endless steps of a method, by Algorithm 1 as the command runs it. Both methods share one optimizer, each has
+    moments like the weights."""
     tokenizer = RandomTokens(model.config.vocab_size, s.tokens)
     C_f = [Example(f"forget {i}", [f"y {i}"]) for i in range(s.batch_size)]
     C_r = [Example(f"retain {i}", [f"y {i}"]) for i in range(s.batch_size)]
@@ -79,7 +79,7 @@ def steps(model: LM, s: Settings, method: str, shared: list) -> Iterator[dict]:
 def main() -> None:
     s = read_flags(Settings, __doc__)
     if s.tokens <= ANSWER + 1:
-        raise ValueError(f"--tokens: found {s.tokens}, expected at least {ANSWER + 2}, {ANSWER} for the answer")
+        raise ValueError(f"--tokens: found {s.tokens}, expected at least {ANSWER + 2}, {ANSWER} for y")
     model, _ = load(s.model, device=s.device)
     ssiuu.item_scores = lambda model, tokenizer, C, size: [1.0] * len(C)
     seconds, memory, n = {"gd": [], "ssiuu": []}, {"gd": [], "ssiuu": []}, 2 * s.batch_size * s.tokens
@@ -99,7 +99,8 @@ def main() -> None:
     # GD's memory is that before SSIUU's first step: a heap that has grown does not shrink again.
     more = max(memory["ssiuu"]) / max(memory["gd"][:2])
     result = {"model": s.model, "B": s.batch_size, "K": s.tokens, "micro_batch": s.micro_batch,
-              "seconds": seconds, "GB": memory, "time_ratios": ratios, "memory_ratio": more, **ssiuu.provenance()}
+              "seconds": seconds, "GB": memory, "time_ratios": ratios, "memory_ratio": more,
+              **ssiuu.provenance()}
     write_json(Path(s.out), result)
     print(f"SSIUU / GD, B={s.batch_size}, K={s.tokens}: time {statistics.median(ratios):.2f} "
           f"({min(ratios):.2f} to {max(ratios):.2f}, n={len(ratios)})  memory {more:.2f}")

@@ -1,10 +1,10 @@
-"""One table of many runs: makes what is missing by `ssiuu.py`, one run a row and forget set, and writes table.json.
+"""One table of many runs: `ssiuu.py` makes what is missing, one run a row and forget set; writes table.json.
 
     python data/results/tables.py tiny --folds 1 2 3                  # survives kills: run it again
     python data/results/tables.py tiny --print                        # only show what is committed
 
-A finished run leaves data/results/TABLE/runs/ROW fold=K.json; from these anybody can make the table again. A column is
-the mean over folds with its 95 % t-interval, and the same of its paired difference to the row "gd".
+A finished run leaves data/results/TABLE/runs/ROW fold=K.json; from these anybody can make the table again. A
+column is the mean over folds with its 95 % t-interval, and the same of its paired difference to the row "gd".
 """
 import argparse
 import math
@@ -33,8 +33,8 @@ TINY = {
 }
 TABLES = {"tiny": TINY}
 # t such that 95 % lie within +-t, for 1, 2, ... degrees of freedom
-T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-     2.110, 2.101, 2.093]
+T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+     2.120, 2.110, 2.101, 2.093]
 
 
 def interval(values: list[float]) -> dict:
@@ -78,7 +78,8 @@ def table(runs: dict[str, dict[int, dict]]) -> dict:
 def shown(x: dict | None) -> str:
     if not x:
         return "-"
-    return f"{x['mean']:.1f}" + (f" [{x['low']:.1f}, {x['high']:.1f}]" if x["folds"] > 1 else "") + f" n={x['folds']}"
+    interval = f" [{x['low']:.1f}, {x['high']:.1f}]" if x["folds"] > 1 else ""
+    return f"{x['mean']:.1f}{interval} n={x['folds']}"
 
 
 def as_markdown(result: dict) -> str:
@@ -102,10 +103,11 @@ def make(flags: list[str], name: str, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     parser.add_argument("table", choices=TABLES, help="which table")
-    parser.add_argument("--folds", nargs="+", type=int, default=list(range(1, 11)), help="forget sets (1 to 10)")
+    parser.add_argument("--folds", nargs="+", type=int, default=[*range(1, 11)], help="forget sets (1 to 10)")
     parser.add_argument("--rows", nargs="+", choices=TINY, default=list(TINY), help="rows to make (all)")
     parser.add_argument("--steps", type=int, default=300, help="at most so many steps a run (300)")
     parser.add_argument("--print", action="store_true", help="only print the committed table")
