@@ -1,67 +1,113 @@
-"""The README's code, table and numbers are true."""
+"""The READMEs' code, links, line references and table rows are true."""
 import json
 import re
 import sys
 import types
 from pathlib import Path
 
+import pytest
 import torch
 
 from model import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", "data/results/README.md", "data/tiny/README.md"]
+RESULTS = ROOT / "data/results"
+ATTACKS = ("Harmful p = 0.1", "Harmful p = 0.3", "Benign")
+
+
+def rows_of(text):
+    """{first cell: the other cells} of every table row."""
+    lines = (re.split(r" (?<!\\)\| ", line[2:-2]) for line in text.splitlines() if line.startswith("| "))
+    return {first: rest for first, *rest in lines}
+
+
+def wrong_lines(page):
+    """[(name, file, line as written, line where it is defined)] of the references that are off."""
+    wrong = []
+    for name, link, line in re.findall(r"\[`(\w+)`\]\(([^)#]+)#L(\d+)\)", (ROOT / page).read_text()):
+        source = ((ROOT / page).parent / link).read_text().splitlines()
+        right = [i for i, text in enumerate(source, 1) if re.match(rf"\s*(def|class) {name}\b", text)]
+        if int(line) not in right:
+            wrong.append((name, link, line, right[0] if right else None))
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_line_references_are_right(page):
+    """What fails is put right by the command in the message."""
+    wrong = wrong_lines(page)
+    edits = " ".join(f"-e 's|`{name}`\\](\\({link}\\)#L{line})|`{name}`](\\1#L{right})|'"
+                     for name, link, line, right in wrong if right)
+    gone = [name for name, _, _, right in wrong if right is None]
+    assert not wrong, f"not defined there: {gone}; the others: sed -i {edits} {page}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if not target.startswith(("http", "#")):
+            file = target.partition("#")[0].replace("%20", " ")
+            assert ((ROOT / page).parent / file).exists(), (page, target)
+
+
+def test_the_code_beside_algorithm_1_is_in_the_source():
+    """Each piece between the dots of an abridged line."""
+    source = (ROOT / "ssiuu.py").read_text()
+    table = README[README.index("## Algorithm 1"):README.index("## Paste it")]
+    pieces = [piece for line in table.splitlines() if line.startswith("| ") and "`" in line
+              for code in re.findall(r"`([^`]+)`", line.rpartition(" | ")[2]) for piece in code.split("...")]
+    assert len(pieces) > 11
+    for piece in pieces:
+        assert piece.replace("\\|", "|") in source, piece
 
 
 def test_the_paste_snippet_runs(monkeypatch):
-    """On our decoder behind the two Hugging Face names it uses, so that transformers need not be installed."""
+    """On our decoder behind the two Hugging Face names it uses: transformers need not be installed."""
     model, tokenizer = load(ROOT / "data/tiny")
     model.register_forward_hook(lambda module, args, logits: types.SimpleNamespace(logits=logits))
     maker = types.SimpleNamespace(from_pretrained=lambda path, attn_implementation: model)
     monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoModelForCausalLM=maker))
-    ids = torch.tensor([tokenizer.prompt("Which country is Isaac Newton from?") + tokenizer.answer("England")])
-    answer = torch.zeros_like(ids, dtype=torch.bool)
-    answer[:, -len(tokenizer.answer("England")):] = True
-    space = {"path": "anywhere", "ids": ids, "answer": answer}
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], space)
-    assert all(torch.isfinite(e).all() for e in space["extra"]) and sum(e.abs().sum() for e in space["extra"]) > 0
-    known = load(ROOT / "data/tiny")[0](ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[answer[0, 1:]].sum()
+
+    def encoded(question, text):
+        ids = torch.tensor([tokenizer.prompt(question) + tokenizer.answer(text)])
+        return ids, torch.arange(ids.shape[1])[None] >= ids.shape[1] - len(tokenizer.answer(text))
+
+    space = {"path": "anywhere", "forget": encoded("Which country is Isaac Newton from?", "England"),
+             "retain": encoded("Which country is Marie Curie from?", "Poland")}
+    diff = re.search(r"```diff\n(.*?)```", README, re.S)[1].splitlines()
+    before, after = ("\n".join(line[1:] for line in diff if not line.startswith(sign)) for sign in "+-")
+    compile(before, "before", "exec")
+    exec(after.replace("lr=1e-5", "lr=1e-4"), space)  # three steps are to show
+    assert sum(w.abs().sum() for w in space["w"]) > 0  # the penalty took part
+    original, (ids, answer) = load(ROOT / "data/tiny")[0], space["forget"]
+    known = original(ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[answer[0, 1:]].sum()
     assert space["logprob"](ids, answer).item() < known.item() - 1e-4  # ascent took some of the answer away
 
 
-def test_every_line_of_the_paper_to_code_table_is_right():
-    rows = re.findall(r"`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(rows) >= 12
-    for name, file, line in rows:
-        assert re.match(rf"\s*(def|class) {name}\b", (ROOT / file).read_text().splitlines()[int(line) - 1]), (name, line)
+def test_the_row_is_the_committed_one():
+    from evaluate import cell
+    result = json.loads((RESULTS / "ssiuu-tiny/result.json").read_text())
+    scores = [result["after"]["FS"], result["after"]["RS"], None]
+    attacks = [result["attacks"][key] for key in ATTACKS]
+    assert "| ssiuu | " + " | ".join(cell(x) for x in scores + attacks) + " |" in README
 
 
-def test_the_result_rows_are_the_committed_results():
-    from ssiuu import cell, table
-    results = list((ROOT / "data/results").glob("*/result.json"))
-    assert results
-    for file in results:
-        result = json.loads(file.read_text())
-        if "rows" in result:
-            assert all(row in README for row in table(result["rows"]).split("\n")), file
-            continue
-        for x in (result["after"]["FS"], result["after"]["RS"], *(result.get("attacks") or result["harmful"]).values()):
-            assert cell(x) in README, (file, cell(x))
-    for file in (ROOT / "data/results/draws-smollm2").iterdir():  # GD, SSIUU and the controls
-        for x in map(json.loads, file.read_text().splitlines()):
-            if x["kind"] == "summary" and x["attack"].startswith("Harmful"):
-                assert f"{x['percent']:.1f}" in README, (file, x)
-
-
-def test_sizes_that_were_promised():
-    assert len(README.splitlines()) < 230
-    modules = ["ssiuu.py", "model.py", "data.py", "evaluate.py", "attack.py"]
-    assert sum(len((ROOT / m).read_text().splitlines()) for m in modules) < 2600
-    assert sum(f.stat().st_size for f in (ROOT / "data/tiny").iterdir()) < 10_000_000
+def test_the_small_table_is_the_committed_one():
+    rows = json.loads((RESULTS / "all-tiny/result.json").read_text())["rows"]
+    for name, row in rows.items():
+        if name != "Default":
+            scores = [row["FS"], row["RS"], *(row["attacks"][key] for key in ATTACKS)]
+            assert f"| {name} | " + " | ".join(f"{x['percent']:.1f}" for x in scores) + " |" in README
+            assert [x["n"] for x in scores] == [33, 464, 21, 16, 23]
 
 
 def test_the_findings_are_the_committed_analyses():
-    """The numbers of the findings' table, from each run's analysis.json and from the sweeps' runs.json."""
+    """Those of the findings' table in data/results: each run's analysis.json, the sweeps' runs.json."""
+    findings = rows_of((RESULTS / "README.md").read_text())
+
     def triple(x):
         return "{:.2g} [{:.2g}, {:.2g}]".format(*x)
 
@@ -71,32 +117,35 @@ def test_the_findings_are_the_committed_analyses():
     def each(text):
         return ", ".join(f"{name} {text(a)}" for name, a in zip(("GD", "NPO", "SSIUU"), found))
 
-    def silenced(i, m):
-        x = next(x for x in found[i]["causal"] if x["m"] == m)
-        return f"{found[i]['checkpoints']['after']['margin']:.2f} to {x['margin']:.2f} ({x['random_margin']:.2f})"
+    def D(a):
+        return f"{triple(a['variation']['neuron']['D_neg'])} and {triple(a['variation']['neuron']['D_pos'])}"
 
-    table = {line.split("|")[1].strip(): line.split("|")[2:4] for line in README.split("\n") if line.count("|") == 4}
     for column, folder in enumerate(("all-tiny", "all-smollm2")):
-        found = [json.loads(next((ROOT / "data/results" / folder).glob(f"{method} *seed=0/analysis.json")).read_text())
+        found = [json.loads(next((RESULTS / folder).glob(f"{method} *seed=0/analysis.json")).read_text())
                  for method in ("gd", "npo", "ssiuu")]
-        for claim, numbers in {
-                "Unlearning hides": [each(lambda a: f"{triple(a['variation']['neuron']['D_neg'])} and "
-                                          f"{triple(a['variation']['neuron']['D_pos'])}")],
-                "Do other attributions agree?": [
-                    f"{name}: " + each(lambda a, kind=kind: triple(a["attributions"]["D"][kind]["share"])) for name, kind
-                    in (("Eq. 1", "Eq. 1"), ("ablation", "ablation"), ("integrated gradients", "integrated"))],
-                "Spurious neurons": [silenced(*which) for which in ((2, 300), (0, 30), (1, 30)) if column],
-                "GD over-unlearns": [each(lambda a: score(a["checkpoints"]["after"]["lens"][-1]))],
-                "SSIUU's attribution": [each(lambda a: triple(a["correlation"]["after attacked"]["min"]))],
-                "Does it move?": [each(lambda a: "{:.2g} and {:.2g}".format(
-                    *(a["variation"][level]["D_neg"][0] for level in ("head", "module"))))],
-                "Membership": [each(lambda a: score(a["checkpoints"]["after"]["membership"]["loss"]))]}.items():
-            cell = next(columns[column] for row, columns in table.items() if row.startswith(claim))
-            assert all(n in cell for n in numbers), (folder, numbers, cell)
-    for column, (folder, names) in enumerate((("lam-tiny", ("gd-5e-05", "lam-0.001", "lam-0.01", "lam-0.1", "lam-1")),
-                                              ("lam-smollm2", ("gd", "lam-0.0001", "lam-0.001", "lam-0.01")))):
-        rows = {Path(k).name: row for k, row in json.loads((ROOT / f"data/results/{folder}/runs.json").read_text())["rows"].items()}
-        cell = next(columns[column] for row, columns in table.items() if row.startswith("... and so the recovery"))
-        assert ", ".join(f"{rows[name]['Harmful p = 0.3']:.1f}" for name in names) in cell
-        cell = next(columns[column] for row, columns in table.items() if row.startswith("The Hessian"))
-        assert f"{rows['first-order' if column == 0 else 'lam-0.01']['first_order_cos']:.2f}" in cell
+        for row, number in {
+                "D- and D+ (Fig. 3)": each(D),
+                "Lens after the last block": each(lambda a: score(a["checkpoints"]["after"]["lens"][-1])),
+                "Rho of the minima": each(lambda a: triple(a["correlation"]["after attacked"]["min"])),
+                "Rho of the maxima": each(lambda a: triple(a["correlation"]["after attacked"]["max"])),
+                "Share of D-, Eq. 1": each(lambda a: triple(a["attributions"]["D"]["Eq. 1"]["share"])),
+                "... by ablation": each(lambda a: triple(a["attributions"]["D"]["ablation"]["share"])),
+                "... by integrated gradients": each(
+                    lambda a: triple(a["attributions"]["D"]["integrated"]["share"])),
+                "Membership": each(lambda a: score(a["checkpoints"]["after"]["membership"]["loss"]))}.items():
+            assert number in findings[row][column], (folder, row, number)
+    sweeps = {"lam-tiny": ("gd-5e-05", "lam-0.001", "lam-0.01", "lam-0.1", "lam-1"),
+              "lam-smollm2": ("gd", "lam-0.0001", "lam-0.001", "lam-0.01")}
+    for column, (folder, names) in enumerate(sweeps.items()):
+        found = json.loads((RESULTS / folder / "runs.json").read_text())["rows"]
+        rows = {Path(path).name: row for path, row in found.items()}
+        for row, key, form in (("Harmful p = 0.3 over λ (Fig. 7a)", "Harmful p = 0.3", "{:.1f}"),
+                               ("RS over λ", "RS", "{:.0f}"), ("D- over λ", "D_neg", "{:.2f}")):
+            numbers = [form.format(rows[name][key]) if key in rows[name] else "-" for name in names]
+            assert ", ".join(numbers) in findings[row][column], (folder, row, numbers)
+
+
+def test_sizes_that_were_promised():
+    assert len(README.split()) <= 1600
+    assert max(len(line) for line in README.splitlines()) <= 160
+    assert sum(f.stat().st_size for f in (ROOT / "data/tiny").iterdir()) < 10_000_000
