@@ -28,6 +28,7 @@ from torch import Tensor, nn
 Count = Annotated[int, ("a whole number from 1 to 2147483647", lambda x: 0 < x < 2 ** 31)]
 Natural = Annotated[int, ("a whole number from 0 to 2147483647", lambda x: 0 <= x < 2 ** 31)]
 Positive = Annotated[float, ("a number above 0", lambda x: x > 0)]
+Flat = Annotated[dict, ("a flat object", lambda x: not any(isinstance(v, dict) for v in x.values()))]
 Size = Annotated[int, ("a whole number from 1 to 1048576", lambda x: 0 < x <= 2 ** 20)]
 
 # ---------------------------------------------------------------------------------------- the decoder
@@ -49,7 +50,7 @@ class Config:
     attention_bias: bool = False
     mlp_bias: bool = False                               # Llama's; Qwen has none
     hidden_act: Literal["silu"] = "silu"
-    rope_theta: Positive | None = 10000.0
+    rope_theta: Positive = 10000.0
     rope_type: Literal["default", "linear", "llama3"] = "default"
     factor: Positive | None = None                       # of linear and llama3; the next three of llama3
     low_freq_factor: Positive | None = None
@@ -238,11 +239,8 @@ def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, stop_ids:
 # -------------------------------------------------------------------------------------- the tokenizer
 
 class Tokenizer:
-    """tokenizer.json, the chat template and the end tokens of a checkpoint directory.
-
-    `stop_ids` end a generation; `end_id` is the one that training appends to an answer. ids are those of
-    transformers' PreTrainedTokenizerFast: tokenizer.json's, whatever class tokenizer_config.json names.
-    """
+    """tokenizer.json as transformers' PreTrainedTokenizerFast reads it, the chat template and the end tokens:
+    `stop_ids` end a generation, and `end_id` is the one that training appends to an answer."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -266,20 +264,19 @@ class Tokenizer:
             check(ids, Id | tuple[Id, ...] | None, f"{file}: eos_token_id is")
             found = [ids] if isinstance(ids, int) else ids or found
         if end is not None:
-            known = self.tokens.token_to_id(end)
-            found = [check(known, Id, f"{self.path / 'tokenizer.json'}: the id of eos_token {end!r} is"), *found]
-        if not found:
-            raise ValueError(f"{self.path}: no end token, expected eos_token_id in generation_config.json or "
-                             "config.json, or eos_token in tokenizer_config.json")
+            found = [self.tokens.token_to_id(end), *found]
+            check(found[0], Id, f"{self.path / 'tokenizer.json'}: the id of eos_token {end!r} is")
+        check(found, tuple[Id, ...], f"{self.path}: eos_token_id of generation_config.json or config.json is")
         return list(dict.fromkeys(found))
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text` inside a longer text: behind an anchor, which is then cut off, because tokenizers
         of Llama-2's kind put a space before all that they are given."""
-        anchor, ids = (self.tokens.encode(t, add_special_tokens=False).ids for t in ("\n", "\n" + text))
-        if ids[:len(anchor)] == anchor:
-            return ids[len(anchor):]
-        return self.tokens.encode(text, add_special_tokens=False).ids  # it begins with a line break itself
+        for anchor in ("\n", ":"):  # the second where the first is no token or grows together with the text
+            head, ids = (self.tokens.encode(t, add_special_tokens=False).ids for t in (anchor, anchor + text))
+            if len(ids) > len(head) and ids[:len(head)] == head:
+                return ids[len(head):]
+        return self.tokens.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokens.decode(ids, skip_special_tokens=True)
@@ -308,7 +305,10 @@ class Tokenizer:
         prompt = self.render("Who?")
         if prompt == self.render("Why?"):
             raise ValueError(f"{self.path}: the chat template ignores the question")
-        found = re.match(re.escape(prompt) + r"(\s*)Me", self.render("Who?", "Me"))
+        try:
+            found = re.match(re.escape(prompt) + r"(\s*)Me", self.render("Who?", "Me"))
+        except ValueError:  # a template may want the user's turn last
+            return ""
         return found[1] if found else ""
 
 def special_tokens(path: Path) -> dict[str, str]:
@@ -350,8 +350,8 @@ NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true 
 
 def wanted(value, kind) -> str:
     """"" where `value` is of the type `kind`, else in words what was expected. Annotated[type, (words, test)]
-    carries a range; a tuple[type, ...] takes a list; int and float take no bool, float takes a finite int; str
-    takes no lone surrogate, as no tokenizer does."""
+    carries a range; a tuple[type, ...] takes a list; int and float take no bool, float takes a finite int;
+    str takes no lone surrogate, as no tokenizer does."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         words, test = args[1]
@@ -427,7 +427,7 @@ def read_config(path: Path) -> Config:
     file = path / "config.json"
     raw = read_json(file)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    check(rope, dict, f"{file}: rope_parameters is")
+    check(rope, Flat, f"{file}: rope_parameters is")
     c = fill(Config, {"original_max_position_embeddings": raw.get("max_position_embeddings"), **raw,
                       "rope_type": rope.get("type", "default"), **rope, "raw": raw}, file, ignore=True)
     scales = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -459,17 +459,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 def load(path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):  # -> LM, Tokenizer
-    """Loads a checkpoint directory, or a Hugging Face hub id such as meta-llama/Llama-3.2-3B-Instruct.
-
-    OSError for what is missing, ValueError for what does not fit; each is one line that names the file.
-    """
+    """Loads a checkpoint directory, or a Hugging Face hub id such as meta-llama/Llama-3.2-3B-Instruct. OSError
+    for what is missing, ValueError for what does not fit; each is one line that names the file."""
     path = Path(path_or_id)
     if not path.is_dir():
         try:
             path = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
         except Exception as e:  # the hub's errors span several libraries' classes
-            raise OSError(f"{path}: neither a directory nor a hub model that can be fetched "
-                          f"({one_line(e)})") from None
+            raise OSError(f"{path}: no directory, and no hub model to be fetched ({one_line(e)})") from None
     config, tensors = read_config(path), read_weights(path)
     for name, t in tensors.items():
         if not t.is_floating_point() or t.itemsize < 2 or not t.isfinite().all():
@@ -495,10 +492,9 @@ def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
     """Writes a checkpoint directory that `load` and transformers read; each file whole or not at all."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-             "unlearn.json"]
-    found = [tokenizer.path / name for name in names if (tokenizer.path / name).is_file()]
-    files = {file.name: file.read_bytes() for file in found}
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+             "unlearn.json")
+    files = {file.name: file.read_bytes() for file in map(tokenizer.path.joinpath, names) if file.is_file()}
     config = {key: value for key, value in model.config.raw.items() if key != "torch_dtype"} | {
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         "tie_word_embeddings": model.config.tie_word_embeddings}

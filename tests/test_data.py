@@ -135,6 +135,30 @@ def test_normalise_is_settled_and_composed(text):
     assert (found != "") == bool(text.strip()) and unicodedata.is_normalized("NFC", found) and "\n" not in found
 
 
+VALUE = st.recursive(st.sampled_from([None, True, 0, 1.5, "", "a", "b", "\ud800"]), lambda x: st.lists(x, max_size=3) |
+                     st.dictionaries(st.sampled_from(["question", "answers", "stem", "choices", "text", "a"]), x), max_leaves=6)
+KEYS = {"hellaswag_val.jsonl": ["ctx", "endings", "label"], "winogrande_dev.jsonl": ["sentence", "option1", "answer"],
+        "ARC-Challenge-Test.jsonl": ["question", "answerKey"], "gsm8k_test.jsonl": ["question", "answer"],
+        "f.json": ["question", "answer", "instruction", "output", "input", "Q1"]}
+
+
+@given(st.sampled_from([(name, key) for name in KEYS for key in KEYS[name]]), VALUE, st.booleans())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_gives_examples_or_one_line(tmp_path, place, value, whole):
+    for path in tmp_path.iterdir():
+        path.unlink()
+    name, key = place
+    row = {"question": "q", "answer": "#### 1", "ctx": "c", "sentence": "a _ b", "instruction": "i", "output": "o", key: value}
+    (tmp_path / name).write_text(json.dumps(value if whole else row))
+    faithun(tmp_path / "g.json", question=value, answers=value)
+    for load_file, path in ((load_utility, tmp_path), (load_tofu, tmp_path / name), (load_alpaca, tmp_path / name),
+                            (load_faithun, tmp_path / name), (load_faithun, tmp_path / "g.json")):
+        try:
+            load_file(path)
+        except ValueError as e:
+            assert str(path) in str(e) and len(str(e).splitlines()) == 1
+
+
 # ------------------------------------------------------------------------------------------------ splits
 
 @pytest.mark.parametrize("forget, words", [("0\n9", "found 9"), ("x", "found x"), ("", "no index"), ("1", "repeats"),

@@ -123,10 +123,13 @@ def test_any_value_in_any_file_loads_or_ends_in_one_line(kept, place, value):
 @pytest.mark.parametrize("file, change, words", [
     ("config.json", dict(num_attention_heads=3), ["num_attention_heads % num_key_value_heads is 1"]),
     ("config.json", dict(head_dim=7), ["head_dim % 2"]), ("config.json", dict(vocab_size=True), ["vocab_size is True"]),
-    ("config.json", dict(rope_parameters=[1]), ["rope_parameters is [1], expected an object"]),
+    ("config.json", dict(rope_parameters=[1]), ["rope_parameters is [1], expected a flat object"]),
+    ("config.json", dict(rope_parameters={"full_attention": {"rope_theta": 5.0}}), ["rope_parameters"]),
+    ("config.json", dict(rope_theta="1e4"), ["rope_theta is '1e4'"]), ("config.json", dict(rms_norm_eps=0), ["above 0"]),
     ("config.json", dict(eos_token_id=99999), ["eos_token_id is 99999", "below vocab_size 97"]),
     ("generation_config.json", dict(eos_token_id=[2, 97]), ["eos_token_id is [2, 97]", "below vocab_size 97"]),
     ("tokenizer_config.json", dict(eos_token={"special": True}), ["eos_token is {'special': True}, expected a string"]),
+    ("config.json", dict(eos_token_id=[]), ["eos_token_id is []"]),
     ("tokenizer_config.json", dict(eos_token="</none>"), ["tokenizer.json", "</none>"]),
     ("tokenizer_config.json", dict(chat_template=[{"name": "rag", "template": "x"}]), ["chat_template is [{'name'"])])
 def test_impossible_settings_are_refused(file, change, words, tmp_path):
@@ -220,6 +223,8 @@ def test_an_answer_has_the_tokens_of_the_whole_text(scheme):
     spell = lambda ids: [tok.tokens.id_to_token(i) for i in ids]
     assert spell(tok.encode(" Lima")) == ["▁L", "im", "a"] and spell(tok.encode("Lima")) == ["L", "im", "a"]
     assert spell(tok.encode("\nLima")) == ["\n", "L", "im", "a"] and tok.encode("") == []
+    tok.tokens.model = tokenizers.models.BPE({k: i for k, i in vocab.items() if k not in ("\n", "<unk>")}, [("▁", "L")])
+    assert spell(tok.encode(" Lima"))[0] == "▁L" and spell(tok.encode("Lima"))[0] == "L"  # a line break leaves no token
 
 
 ENVIRONMENT = ("{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n  {%- generation -%}\n "
@@ -236,6 +241,13 @@ def test_templates_see_what_transformers_shows_them(tmp_path):
     hf = pytest.importorskip("transformers")
     assert shown == hf.AutoTokenizer.from_pretrained(m).apply_chat_template(
         [{"role": "user", "content": "Who?"}], add_generation_prompt=True, tokenize=False)
+
+
+def test_a_template_may_want_the_users_turn_last(tmp_path):
+    (checkpoint(tmp_path / "m") / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{% if messages[-1].role != 'user' %}{{ raise_exception('no') }}{% endif %}: ")
+    tok = load(tmp_path / "m")[1]
+    assert tok.render("Who?") == "Who?: " and tok.answer("Me") == tok.encode("Me") + [tok.end_id]
 
 
 @pytest.mark.parametrize("template", [
