@@ -458,9 +458,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     # Old checkpoints carry RoPE's table, which follows from config.json.
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
-def load(path_or_id: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):  # -> LM, Tokenizer
-    """Loads a checkpoint directory, or a Hugging Face hub id such as meta-llama/Llama-3.2-3B-Instruct. OSError
-    for what is missing, ValueError for what does not fit; each is one line that names the file."""
+def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tuple[LM, Tokenizer]:
+    """Loads a checkpoint directory, or a Hugging Face hub id such as meta-llama/Llama-3.2-3B-Instruct.
+    OSError for what is missing, ValueError for what does not fit; each is one line that names the file."""
     path = Path(path_or_id)
     if not path.is_dir():
         try:
