@@ -192,6 +192,17 @@ def test_recovery_names_every_point_without_overlap(tmp_path, command):
     assert "10 forget sets" in ax.get_xlabel()
 
 
+def test_one_forget_set_has_a_point_without_interval(tmp_path):
+    alone = {"mean": 50, "low": None, "high": None, "folds": 1}
+    write(tmp_path / "table.json", {"rows": {"gd": {"RS": alone, "Harmful p = 0.3": alone}}})
+    row = figures.read_table(tmp_path / "table.json")["gd"]
+    assert (row["RS"]["low"], row["RS"]["high"]) == (50, 50)
+    assert len(figures.figure_recovery({"gd": row}).axes[0].texts) == 1
+    write(tmp_path / "table.json", {"rows": {"gd": {"RS": alone | {"mean": "x"}, "Harmful p = 0.3": alone}}})
+    with pytest.raises(ValueError, match="table.json, gd, RS: mean is 'x', expected a number"):
+        figures.read_table(tmp_path / "table.json")
+
+
 @pytest.mark.parametrize("name, change, message", [
     ("result.json", "{", "not JSON"),
     ("result.json", {"rows": {}}, r"settings.method is None, expected a string"),

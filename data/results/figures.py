@@ -438,7 +438,7 @@ def figure_recovery(points: dict[str, dict]):
     ax.set(xlabel=f"RS, kept, % (means over {folds} forget sets, 95 % intervals)",
            ylabel="FS after harmful retraining, p = 0.3, %", title="low and right is better")
     ax.margins(0.12)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(bottom=-2)
     fig.draw_without_rendering()  # now the layout is settled and pixels are known
     name_points(ax, points)
     return fig
@@ -473,6 +473,14 @@ def name_point(ax, name: str, point: tuple[float, float], taken: list):
 # ---------------------------------------------------------------------------------------- the command
 
 
+def read_mean(x: dict, where: str) -> dict:
+    layout = {"mean": float, "low": float | None, "high": float | None, "folds": int}
+    check_layout(x, layout, where, "tables.py")
+    if x["folds"] > 1:
+        return x
+    return x | {"low": x["mean"], "high": x["mean"]}  # one forget set has no interval
+
+
 def read_table(path: Path) -> dict[str, dict]:
     """The rows of a table that hold both of retention and recovery."""
     table = read_json(path)
@@ -480,10 +488,8 @@ def read_table(path: Path) -> dict[str, dict]:
     points = {}
     for name, row in table["rows"].items():
         if isinstance(row, dict) and row.get(RETENTION) and row.get(RECOVERY):
-            for column in (RETENTION, RECOVERY):
-                check_layout(row[column], {"mean": float, "low": float, "high": float, "folds": int},
-                             f"{path}, {name}, {column}", "tables.py")
-            points[name] = row
+            points[name] = {column: read_mean(row[column], f"{path}, {name}, {column}")
+                            for column in (RETENTION, RECOVERY)}
     if not points:
         raise ValueError(f"{path}: no row holds {RETENTION} and {RECOVERY}, expected at least one")
     return points
