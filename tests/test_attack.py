@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import attack
-from attack import (benign_attack, falsely_answered, harmful_attack, projections, quantisation_attack,
+from attack import (attacks, benign_attack, falsely_answered, harmful_attack, projections, quantisation_attack,
                     quantise, retrain, summary)
 from data import Example, collate, encode, load_alpaca, load_faithun, split
 from evaluate import accuracy, wilson
 from model import answer_logprob, load
 
+torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 
 
@@ -45,6 +46,11 @@ def rows(tmp_path):
 def hidden(examples):
     """Items with the truth among the false options: the model answers them all falsely."""
     return [Example(e.question, [e.false_options[0]], [e.answers[0], e.false_options[1]]) for e in examples]
+
+
+def wants(**options):
+    """Settings of an attack; one draw and epoch, batches of 4, scored once in a pass, unless said."""
+    return attack.Settings(**{"attack_draws": 1, "attack_epochs": 1, "benign_points": 1, **options})
 
 
 def encoded(tokenizer, examples):
@@ -176,7 +182,8 @@ def test_the_pool_is_what_is_answered_falsely_and_all_of_tofu(tiny):
 def test_harmful_attack_scores_what_it_did_not_retrain_on(tiny, seen, rank):
     model, tokenizer, C_f = tiny
     pool = hidden(C_f[:8])
-    cells = list(harmful_attack(model, tokenizer, pool, 0.3, (1e-3, 1e-4), seeds=2, epochs=2, rank=rank))
+    cells = list(harmful_attack(model, tokenizer, pool, 0.3, wants(attack_lrs=(1e-3, 1e-4), attack_draws=2,
+                                                                    attack_epochs=2, attack_rank=rank)))
     assert [(c["seed"], c["lr"]) for c in cells] == [(0, 1e-3), (0, 1e-4), (1, 1e-3), (1, 1e-4)]
     assert all(c["n"] == 6 and c["retrained"] == 2 and c["rank"] == rank for c in cells)
     assert seen["rank"] == [rank] * 4
@@ -190,21 +197,22 @@ def test_harmful_attack_scores_what_it_did_not_retrain_on(tiny, seen, rank):
 
 def test_a_cell_does_not_depend_on_those_before_it(tiny):
     model, tokenizer, C_f = tiny
-    whole = list(harmful_attack(model, tokenizer, hidden(C_f[:6]), 0.5, (1e-3, 1e-4), seeds=1, epochs=1))
-    alone = list(harmful_attack(model, tokenizer, hidden(C_f[:6]), 0.5, (1e-4,), seeds=1, epochs=1))
+    whole = list(harmful_attack(model, tokenizer, hidden(C_f[:6]), 0.5, wants(attack_lrs=(1e-3, 1e-4))))
+    alone = list(harmful_attack(model, tokenizer, hidden(C_f[:6]), 0.5, wants(attack_lrs=(1e-4,))))
     assert alone == whole[1:]
 
 
 def test_a_control_is_measured_before_its_attack(tiny):
     model, tokenizer, C_f = tiny
-    cell = next(harmful_attack(model, tokenizer, C_f[:6], 0.3, (1e-6,), seeds=1, epochs=1))
+    cell = next(harmful_attack(model, tokenizer, C_f[:6], 0.3, wants(attack_lrs=(1e-6,))))
     assert cell["FS"] == [100, 100] and summary([cell])["percent"] == 100
 
 
 def test_benign_attack_draws_rows_and_scores_the_whole_pool(tiny, rows, seen):
     model, tokenizer, C_f = tiny
     pool = hidden(C_f[:5])
-    cells = list(benign_attack(model, tokenizer, pool, rows, (1e-3, 1e-5), seeds=2, limit=6, points=3, size=2))
+    cells = list(benign_attack(model, tokenizer, pool, rows, wants(
+        benign_lrs=(1e-3, 1e-5), attack_draws=2, benign_rows=6, benign_points=3, attack_batch=2)))
     assert [(c["kind"], c["seed"], c["lr"], c["n"], c["retrained"]) for c in cells] == [
         ("benign", seed, lr, 5, 6) for seed in (0, 1) for lr in (1e-3, 1e-5)]
     assert all(len(c["FS"]) == len(c["logp"]) == len(c["margin"]) == 4 and "p" not in c for c in cells)
@@ -213,7 +221,7 @@ def test_benign_attack_draws_rows_and_scores_the_whole_pool(tiny, rows, seen):
     assert first != second and all(row in encoded(tokenizer, rows) for row in first)
     assert len({str(row) for row in first}) == 6
     assert cells[0]["logp"][0] == cells[2]["logp"][0] and len({c["logp"][3] for c in cells}) == 4
-    whole = next(benign_attack(model, tokenizer, pool, rows, (1e-5,), seeds=1, limit=1000, points=1))
+    whole = next(benign_attack(model, tokenizer, pool, rows, wants(benign_lrs=(1e-5,))))
     assert whole["retrained"] == 7 and summary([whole])["n"] == 5
 
 
@@ -221,9 +229,10 @@ def test_known_cells_are_not_run_again(tiny, rows, seen):
     model, tokenizer, C_f = tiny
     pool = hidden(C_f[:4])
 
-    def both(**options):
-        return [*harmful_attack(model, tokenizer, pool, 0.5, (1e-3, 1e-4), seeds=1, epochs=1, **options),
-                *benign_attack(model, tokenizer, pool, rows, (1e-3, 1e-4), seeds=1, points=1, **options)]
+    def both(known=(), rank=0):
+        s = wants(attack_lrs=(1e-3, 1e-4), benign_lrs=(1e-3, 1e-4), attack_rank=rank)
+        return [*harmful_attack(model, tokenizer, pool, 0.5, s, known),
+                *benign_attack(model, tokenizer, pool, rows, s, known)]
 
     fresh = both()
     known = [{**c, "FS": [0, 99.0]} for c in fresh]
@@ -236,30 +245,47 @@ def test_known_cells_are_not_run_again(tiny, rows, seen):
 def test_weights_come_back_after_an_error_and_an_early_end(tiny, rows, monkeypatch):
     """The fixture compares the weights, requires_grad and the hooks."""
     model, tokenizer, C_f = tiny
-    next(harmful_attack(model, tokenizer, hidden(C_f[:4]), 0.5, (1e-2,), seeds=2, epochs=1))
+    next(harmful_attack(model, tokenizer, hidden(C_f[:4]), 0.5, wants(attack_lrs=(1e-2,))))
     calls = []
 
     def fails_late(*args):
         calls.append(args)
         if len(calls) == 2:
-            raise FloatingPointError("stop")
+            raise OSError("stop")
         return {"percent": 0.0}
 
     monkeypatch.setattr(attack, "accuracy", fails_late)
     for rank in (0, 2):
         calls.clear()
-        with pytest.raises(FloatingPointError):
-            list(benign_attack(model, tokenizer, hidden(C_f[:4]), rows, (1e-2,), seeds=1, points=2, rank=rank))
+        with pytest.raises(OSError, match="stop"):
+            s = wants(benign_lrs=(1e-2,), benign_points=2, attack_rank=rank)
+            list(benign_attack(model, tokenizer, hidden(C_f[:4]), rows, s))
 
 
 def test_nothing_to_score_is_said(tiny, rows):
     model, tokenizer, C_f = tiny
-    for found in (harmful_attack(model, tokenizer, [], 0.1), harmful_attack(model, tokenizer, hidden(C_f[:1]), 0.1),
-                  benign_attack(model, tokenizer, [], rows)):
-        with pytest.raises(ValueError, match="answered falsely"):
-            list(found)
-    with pytest.raises(ValueError, match="quantise attack: no item answered falsely"):
-        list(quantisation_attack(model, tokenizer, [], 8))
+    for pool in ([], hidden(C_f[:1])):
+        assert not list(harmful_attack(model, tokenizer, pool, 0.1, wants()))
+    reports = []
+    found = attacks(model, tokenizer, [], rows, wants(bits=(8,)), lambda *x: reports.append(x))
+    assert list(found) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign", "int8"] and not reports
+    assert all(x.keys() == {"why"} and "answered falsely" in x["why"] for x in found.values())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rate_that_diverges_costs_its_own_cell(tiny, rank):
+    """At 0.9 the second step's loss is no number; the other rate's cell is what it is alone."""
+    model, tokenizer, C_f = tiny
+    pool, reports = hidden(C_f[:6]), []
+    s = wants(p=(0.5,), attack_lrs=(1e30, 1e-4), attack_epochs=3, attack_rank=rank)
+    found = attacks(model, tokenizer, pool, [], s, lambda *x: reports.append(x))
+    failed, good = (c for _, c in reports)
+    assert "retraining at 1e+30" in failed["failed"] and "FS" not in failed and failed["lr"] == 1e30
+    s.attack_lrs = (1e-4,)
+    assert list(harmful_attack(model, tokenizer, pool, 0.5, s)) == [good]
+    alone = summary([good])
+    assert found["Harmful p = 0.5"] == {**alone, "diverged": 1} and alone["diverged"] == 0
+    assert summary([failed]) == {"why": failed["failed"]} == summary([failed, {**good, "seed": 1}])
 
 
 # ---------------------------------------------------------------------------------------------- quantisation
@@ -289,7 +315,7 @@ def test_quantise_by_numpy(tiny):
 
 def test_quantisation_attack_has_a_cell_for_each_number_of_bits(tiny):
     model, tokenizer, C_f = tiny
-    wide, narrow = (next(quantisation_attack(model, tokenizer, C_f[:6], bits)) for bits in (8, 2))
+    wide, narrow = (next(quantisation_attack(model, tokenizer, C_f[:6], bits, wants())) for bits in (8, 2))
     assert (wide["kind"], wide["bits"], wide["n"], narrow["bits"]) == ("quantise", 8, 6, 2)
     assert wide["FS"][0] == narrow["FS"][0] == 100 and wide["logp"][0] == narrow["logp"][0]
     assert abs(wide["logp"][1] - wide["logp"][0]) < 0.2 < abs(narrow["logp"][1] - narrow["logp"][0])
@@ -315,7 +341,7 @@ def test_the_command_attacks_a_control_on_the_same_pool(tiny, monkeypatch, capsy
     """No shipped checkpoint is unlearned: the pool is set here, so that the tiny model is both."""
     pools = iter([hidden(tiny[2][:3])])  # one pool: the control's own would be a second
     monkeypatch.setattr(attack, "falsely_answered", lambda *args: next(pools))
-    flags = ["--p", "0.3", "0.9", "--attack-lrs", "1e-4", "--attack-epochs", "1", "--attack-seeds", "1", "--benign-lrs",
+    flags = ["--p", "0.3", "0.9", "--attack-lrs", "1e-4", "--attack-epochs", "1", "--attack-draws", "1", "--benign-lrs",
              "1e-4", "--attack-rank", "1", "--benign", str(tmp_path / "alpaca.json"), "--bits", "4"]
     paths = ["--model", str(ROOT / "data/tiny"), "--control", str(ROOT / "data/tiny/"), "--forget",
              str(ROOT / "data/faithun.json")]

@@ -64,12 +64,13 @@ def peak_memory(device: str) -> Callable[[], float]:
 
 
 def steps(model: LM, s: Settings, method: str, shared: list) -> Iterator[dict]:
-    """Endless steps of a method, by Algorithm 1 as the command runs it. Both methods share one optimizer, each has
-    moments like the weights."""
+    """Endless steps of a method, by Algorithm 1 as the command runs it. Both methods share one optimizer,
+    as each would hold moments like the weights."""
     tokenizer = RandomTokens(model.config.vocab_size, s.tokens)
     C_f = [Example(f"forget {i}", [f"y {i}"]) for i in range(s.batch_size)]
     C_r = [Example(f"retain {i}", [f"y {i}"]) for i in range(s.batch_size)]
-    settings = ssiuu.Settings(method=method, lr=1e-6, tau=0.0, steps=2 ** 31 - 1, micro_batch=s.micro_batch)
+    settings = ssiuu.Settings(method=method, lr=1e-6, tau=0.0, steps=2 ** 31 - 1, micro_batch=s.micro_batch,
+                              target="logprob")  # P of random tokens would be 0, and so would the penalty
     state = ssiuu.begin(model, tokenizer, C_f, settings)
     shared.append(state.optimizer)
     state.optimizer = shared[0]
