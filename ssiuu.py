@@ -522,7 +522,7 @@ def new_folder(s: Settings) -> Path:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, new: bool) -> Iterator[None]:
     """Inside, no other process works in this folder. The system frees the lock, however this one ends. A
     folder in which nothing was recorded is given back; an unforeseen error leaves its traceback there."""
     with open(folder / "lock", "w") as lock:
@@ -533,7 +533,7 @@ def held(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as e:
-            if not (folder / "log.jsonl").is_file():
+            if new and not (folder / "log.jsonl").is_file():
                 shutil.rmtree(folder)
             elif not isinstance(e, (OSError, ValueError, KeyboardInterrupt)):
                 (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
@@ -679,7 +679,7 @@ def main() -> None:
     folder = Path(s.resume) if s.resume else new_folder(s)
     kind, half = torch.device(s.device).type, s.dtype == "bfloat16"
     # No cache: it would keep the cast weights of the first step.
-    with held(folder), torch.autocast(kind, torch.bfloat16, half, cache_enabled=False):
+    with held(folder, new=not s.resume), torch.autocast(kind, torch.bfloat16, half, cache_enabled=False):
         result = experiment(s, folder)
     rows = {"Default": result["before"], s.method: {**result["after"], "attacks": result["attacks"]}}
     print(f"\n{table(rows)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)

@@ -1,264 +1,416 @@
-"""The commands as a person runs them, in a subprocess; what they write, what a kill and bad input leave behind."""
+"""The commands as a person runs them; what they write, what a kill and bad input leave behind."""
+import fcntl
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file
 
+import attack
+import evaluate
+import model as models
+import ssiuu
 from data import load_faithun, load_tofu
-from evaluate import mismatched_tau, run
+from evaluate import mismatched_tau, read_flags, run, settings_for
 
+torch.set_num_threads(1)  # sums in another order are other bits
 ROOT = Path(__file__).parent.parent
-QUICK = ["--attack-seeds", "1", "--attack-epochs", "1", "--attack-lrs", "1e-4", "--tau", "0.5",
-         "--benign-rows", "8", "--benign-lrs", "1e-4", "--benign-points", "2"]
+QUICK = {"ssiuu.py": {"lr": 5e-4}, "attack.py": {"attack_lrs": [1e-4], "attack_epochs": 1, "attack_draws": 1,
+         "benign_rows": 8, "benign_lrs": [1e-4], "benign_points": 2}}
 
 
-def arguments(folder, script, *flags):
-    """Few facts in `folder`, 6 to forget, 8 to retain, 4 to test, and the flags to work on them."""
+def prepare(folder, own=QUICK):
+    """`folder` with few facts, 6 to forget, 8 to retain, 4 to test, and the tiny model, which sets `own`."""
     (folder / "few").mkdir(exist_ok=True)
     for name, part in (("forget", range(6)), ("retaining", range(6, 14)), ("test", range(14, 18))):
         (folder / f"few/{name}_set_split.txt").write_text("\n".join(map(str, part)))
-    paths = ["--model", str(ROOT / "data/tiny"), "--forget", str(ROOT / "data/faithun.json"), "--splits", "few"]
-    return [*paths, *(["--benign", str(ROOT / "data/instructions.json")] if script != "evaluate.py" else []), *flags]
+    if not (folder / "tiny").exists():
+        shutil.copytree(ROOT / "data/tiny", folder / "tiny")
+    (folder / "tiny/unlearn.json").write_text(own if isinstance(own, str) else json.dumps(own))
+    return folder
 
 
-def command(folder, script, *flags):
-    """Runs a command in `folder`, so that runs/ appears there."""
-    return subprocess.run([sys.executable, str(ROOT / script), *arguments(folder, script, *flags)], cwd=folder,
-                          capture_output=True, text=True)
+DATA = ["--model", "tiny", "--forget", str(ROOT / "data/faithun.json"), "--splits", "few"]
 
 
 def inside(monkeypatch, folder, script, *flags):
-    """The same in this process, which saves the start of an interpreter: what it exits with, 0 where it just ends."""
+    """Runs a command in this process and `folder`, so that runs/ appears there: what it exits with, 0 where it ends."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [script, *arguments(folder, script, *flags)])
+    monkeypatch.setattr(sys, "argv", [script, *flags])
     try:
-        run(__import__(script.removesuffix(".py")).main)
+        run(importlib.import_module(script.removesuffix(".py")).main)
     except SystemExit as e:
         return e.code
     return 0
 
 
-def resume(folder, name, *flags):
-    return subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), "--resume", f"runs/{name}", *flags], cwd=folder,
-                          capture_output=True, text=True)
+def records(folder, *kinds):
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] in kinds or not kinds]
 
 
-@pytest.fixture
-def one_thread(monkeypatch):
-    """In this process and in those it starts: sums in another order are other bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
+def same_weights(a, b):
+    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
+    folder = prepare(tmp_path_factory.mktemp("run"))
     rows = [{"sentence": f"The {a} is bigger than the {b} because the _ is big.", "option1": a, "option2": b, "answer": "1"}
             for a, b in (("house", "mouse"), ("ship", "shoe"), ("tree", "leaf"))]
     (folder / "winogrande_dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    out = command(folder, "ssiuu.py", *QUICK, "--lr", "5e-4", "--steps", "60", "--utility", str(folder), "--control",
-                  str(ROOT / "data/tiny"))
+    flags = ["--tau", "0.5", "--steps", "60", "--utility", "."]
+    out = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), *DATA, *flags], cwd=folder, capture_output=True,
+                         text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert out.returncode == 0, out.stderr
-    return folder, out.stdout
+    return folder, out
+
+
+# ------------------------------------------------------------------------------------------- what is written
 
 
 def test_the_main_command_writes_the_papers_row(finished):
-    folder, printed = finished
+    folder, out = finished
     run = folder / "runs/ssiuu-tiny"
-    result = json.loads((run / "result.json").read_text())
+    result, log = json.loads((run / "result.json").read_text()), records(run)
     assert result["after"]["FS"]["percent"] <= 50 < result["before"]["FS"]["percent"] and result["after"]["reached"]
-    assert list(result["attacks"]) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign", "int8", "int4"]
+    assert list(result["attacks"]) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign"]
     assert result["after"]["RS"]["n"] == 4 and result["before"]["US"]["n"] == result["after"]["US"]["n"] == 3
-    control = result["controls"][str(ROOT / "data/tiny")]
-    assert list(control) == list(result["attacks"]) and control["Benign"]["n"] == result["attacks"]["Benign"]["n"]
-    assert control["int8"]["percent"] == 100  # it still knows the facts
-    assert "| ssiuu | " in printed and "step 1/60  L " in printed
-    kinds = [json.loads(line)["kind"] for line in (run / "log.jsonl").read_text().splitlines()]
-    assert kinds[0] == "before" and kinds[1] == "step" and "after" in kinds
-    log = {r["kind"]: r for r in map(json.loads, (run / "log.jsonl").read_text().splitlines())}
-    assert log["before"] == result["before"] and log["after"] == result["after"]  # US too: a resumed run reads it there
-    assert json.loads((run / "settings.json").read_text())["lr"] == 5e-4
+    assert result["after"]["steps"] == len(records(run, "step")) < 60
+    assert "| ssiuu | " in out.stdout and "step 1/60  L " in out.stdout and "tiny/unlearn.json sets lr 0.0005" in out.stderr
+    assert [r["kind"] for r in log[:2]] == ["before", "step"] and {"after", "harmful", "benign"} < {r["kind"] for r in log}
+    by_kind = {r["kind"]: r for r in log}
+    assert by_kind["before"] == result["before"] and by_kind["after"] == result["after"]
+    kept = json.loads((run / "settings.json").read_text())
+    assert kept["settings"] == result["settings"] and kept["attack"] == result["attack settings"]
+    assert kept["settings"]["lr"] == 5e-4 and kept["attack"]["benign_rows"] == 8
+    assert kept["attack"]["forget"] == kept["settings"]["forget"]
+    assert kept["made of"].keys() == {"weights", "tokenizer", "facts", "instructions", "tasks"}
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_the_checkpoint_can_be_scored_and_attacked_alone(finished, monkeypatch, capsys):
-    folder, _ = finished
-    run = folder / "runs/ssiuu-tiny"
-    assert inside(monkeypatch, folder, "evaluate.py", "--model", str(run)) == 0
+    folder, run = finished[0], "runs/ssiuu-tiny"
+    assert inside(monkeypatch, folder, "evaluate.py", *DATA, "--model", run) == 0
     scored = json.loads(capsys.readouterr().out)
-    after = json.loads((run / "result.json").read_text())["after"]
+    after = json.loads((folder / run / "result.json").read_text())["after"]
     assert scored["FS"] == after["FS"] and scored["RS"] == after["RS"]
-    code = inside(monkeypatch, folder, "attack.py", "--model", str(run), "--p", "0.3", "--attack-lrs", "1e-4", "--attack-seeds", "1",
-                  "--attack-epochs", "1", "--benign", "", "--bits", "4", "--control", str(ROOT / "data/tiny"))
-    assert code == 0
+    assert inside(monkeypatch, folder, "attack.py", *DATA, "--model", run, "--p", "0.3", "--attack-lrs", "1e-4",
+                  "--attack-draws", "1", "--attack-epochs", "1", "--benign", "", "--bits", "4", "--control", "tiny") == 0
     wrong = round(after["FS"]["n"] * (1 - after["FS"]["percent"] / 100))
     summaries = [r for r in map(json.loads, capsys.readouterr().out.splitlines()) if r["kind"] == "summary"]
     assert [(r["model"], r["attack"]) for r in summaries] == [
-        (name, kind) for name in (str(run), str(ROOT / "data/tiny")) for kind in ("Harmful p = 0.3", "int4")]
+        (name, kind) for name in (run, "tiny") for kind in ("Harmful p = 0.3", "int4")]
     assert [r["n"] for r in summaries[:2]] == [r["n"] for r in summaries[2:]] == [summaries[0]["n"], wrong]
     assert summaries[0]["n"] < wrong
 
 
-def test_tofu_end_to_end(tmp_path):
+def test_tofu_end_to_end(tmp_path, monkeypatch):
     """TOFU's file format, with facts that the tiny model knows: FS and RS are ROUGE-L, tau comes from the data."""
+    pytest.importorskip("rouge_score")
     examples = load_faithun(ROOT / "data/faithun.json")
-    for name, part in (("forget01", examples[:8]), ("retain99", examples[8:24]), ("full", examples[:24])):
+    prepare(tmp_path)
+    for name, part in (("forget01", examples[:6]), ("retain99", examples[6:18])):
         lines = [json.dumps({"question": e.question, "answer": e.answers[0]}) for e in part]
         (tmp_path / f"{name}.json").write_text("\n".join(lines))  # upstream ends without a newline too
     (tmp_path / "real_authors.json").write_text((tmp_path / "retain99.json").read_text())
-    out = command(tmp_path, "ssiuu.py", "--forget", "forget01.json", "--retain", "retain99.json", "--teach", "full.json",
-                  "--teach-epochs", "1", "--teach-lr", "1e-6", "--method", "gd", "--lr", "1e-3", "--steps", "40",
-                  "--test-limit", "6", "--utility", ".", *QUICK[:6], "--benign", "", "--p", "0.3")
-    assert out.returncode == 0, out.stderr
+    assert inside(monkeypatch, tmp_path, "ssiuu.py", "--model", "tiny", "--forget", "forget01.json", "--retain",
+                  "retain99.json", "--method", "gd", "--lr", "1e-3", "--steps", "40", "--test-limit", "6",
+                  "--utility", ".") == 0
     result = json.loads((tmp_path / "runs/gd-tiny/result.json").read_text())
     tau = mismatched_tau(load_tofu(tmp_path / "forget01.json"))
     assert result["settings"]["tau"] == tau and result["after"]["FS"]["percent"] <= 100 * tau < 60
     assert result["before"]["FS"]["percent"] > 95 and result["after"]["RS"]["n"] == 6
-    assert result["before"]["US"]["tasks"]["real_authors"]["n"] == 16
-    assert result["attacks"]["Harmful p = 0.3"]["n"] == 6  # all 8 are the pool, 2 are retrained on
-    assert (tmp_path / "runs/gd-tiny/taught/model.safetensors").is_file() and "teach 1/1  24 rows" in out.stdout
+    assert result["before"]["US"]["tasks"]["real_authors"]["n"] == 12
+    assert result["attacks"]["Harmful p = 0.3"]["n"] == 4  # all 6 are the pool, 2 are retrained on
 
 
-def test_the_table_of_several_methods_is_the_same_after_two_kills(tmp_path, monkeypatch, one_thread):
-    """One while it searches a rate, one while it attacks; what was finished before is not run again."""
-    flags = [*QUICK, "--method", "ga,npo", "--lrs", "1e-5", "5e-4", "1e-3", "--betas", "0.1", "0.5", "--seeds", "1", "--steps",
-             "15", "--p", "0.3", "--bits", "8", "--benign", "", "--attack-lrs", "1e-3"]
-    assert inside(monkeypatch, tmp_path, "ssiuu.py", *flags, "--name", "whole") == 0
-    whole, part = tmp_path / "runs/whole", tmp_path / "runs/part"
-    rows, table = json.loads((whole / "result.json").read_text())["rows"], (whole / "table.md").read_text()
-    assert list(rows) == ["Default", "ga", "npo"] and table.splitlines()[3].startswith("| ga | ")
-    for row in (rows["ga"], rows["npo"]):
-        assert row["reached"] == [True] and row["lr"] == 5e-4 and row["FS"]["runs"] == 1
-        assert list(row["attacks"]) == ["Harmful p = 0.3", "int8"]
-    assert {"npo lr=1e-05 beta=0.1 seed=0", "npo lr=0.0005 beta=0.5 seed=0"} < {f.name for f in whole.iterdir()}
-
-    def kill(log, kind, n):
-        """Resumes `part` and ends it without warning once its log has n records of this kind."""
-        process = subprocess.Popen([sys.executable, str(ROOT / "ssiuu.py"), "--resume", "runs/part"], cwd=tmp_path,
-                                   stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (log.is_file() and log.read_text().count(f'"kind": "{kind}"') >= n):
-            time.sleep(0.01)
-        process.kill()
-        assert process.wait() == -9, log
-        return {f: f.stat().st_mtime_ns for f in part.glob("*/result.json")}
-
-    part.mkdir()
-    shutil.copy(whole / "settings.json", part)
-    done = kill(part / "npo lr=1e-05 beta=0.1 seed=0/log.jsonl", "step", 12)
-    again = kill(part / rows["npo"]["runs"][0] / "log.jsonl", "harmful", 1)
-    assert done and done.items() <= again.items()
-    out = resume(tmp_path, "part")
-    assert out.returncode == 0 and "step " not in out.stdout and (part / "table.md").read_text() == table, out.stderr
-    again.pop(part / rows["npo"]["runs"][0] / "result.json")  # searched without the attacks that it now has
-    assert again.items() <= {f: f.stat().st_mtime_ns for f in part.glob("*/result.json")}.items()
-    for name in [name for row in (rows["ga"], rows["npo"]) for name in row["runs"]]:
-        a, b = (json.loads((folder / name / "result.json").read_text()) for folder in (whole, part))
-        assert a["attacks"] == b["attacks"] and a["after"]["forget_margin"] == b["after"]["forget_margin"]
-
-
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, one_thread):
-    flags = [*QUICK, "--attack-seeds", "0", "--tau", "0", "--save-every", "2", "--lr", "1e-4"]
-    assert inside(monkeypatch, tmp_path, "ssiuu.py", *flags, "--steps", "4", "--name", "whole") == 0
-    assert inside(monkeypatch, tmp_path, "ssiuu.py", *flags, "--steps", "2", "--name", "cut") == 0
-    with open(tmp_path / "runs/cut/log.jsonl", "a") as log:
-        log.write('{"kind": "st')  # what a kill leaves
-    resumed = resume(tmp_path, "cut", "--steps", "4")
-    assert resumed.returncode == 0, resumed.stderr
-    a, b = (load_file(tmp_path / f"runs/{name}/model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_kill_after_the_threshold_takes_no_further_step(finished, tmp_path):
-    for name in ("runs", "few"):
-        shutil.copytree(finished[0] / name, tmp_path / name)
-    run, log = tmp_path / "runs/ssiuu-tiny", tmp_path / "runs/ssiuu-tiny/log.jsonl"
-    before, *rest = log.read_text().splitlines()
-    steps = [line for line in rest if json.loads(line)["kind"] == "step"]
-    log.write_text("\n".join([before, *steps]) + "\n")
-    out = resume(tmp_path, "ssiuu-tiny", "--attack-seeds", "0")
-    assert out.returncode == 0 and log.read_text().count('"kind": "step"') == len(steps), out.stderr
-    a, b = (load_file(folder / "model.safetensors") for folder in (run, finished[0] / "runs/ssiuu-tiny"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_resumed_run_keeps_its_settings(finished, monkeypatch):
-    code = inside(monkeypatch, finished[0], "ssiuu.py", "--resume", "runs/ssiuu-tiny", "--attack-epochs", "9")
-    assert "--attack-epochs: found 9, expected 1" in code
+def test_default_paths_are_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s = read_flags(ssiuu.Settings, "", [])
+    a = settings_for(attack.Settings, {f.name: getattr(s, f.name) for f in fields(evaluate.Data)})
+    assert Path(s.model).samefile(ROOT / "data/tiny") and Path(a.benign).samefile(ROOT / "data/instructions.json")
+    assert (s.lr, s.lam, a.benign_rows, s.forget) == (5e-5, 0.1, 200, a.forget)
+    assert [len(C) for C in evaluate.splits_of(s)] == [len(C) for C in evaluate.splits_of(
+        evaluate.Data(forget=str(ROOT / "data/faithun.json")))]
 
 
 def test_bfloat16_follows_float32(tmp_path, monkeypatch):
     """Autocast's weight cache would freeze the forward pass at step 1: P would stay where it was."""
+    prepare(tmp_path)
     P = {}
     for dtype in ("float32", "bfloat16"):
-        assert inside(monkeypatch, tmp_path, "ssiuu.py", *QUICK, "--attack-seeds", "0", "--steps", "2", "--lr", "2e-4",
+        assert inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--no-attack", "--steps", "2", "--lr", "2e-4",
                       "--tau", "0", "--dtype", dtype, "--name", dtype) == 0
-        log = [json.loads(line) for line in (tmp_path / f"runs/{dtype}/log.jsonl").read_text().splitlines()]
-        P[dtype] = [r["P"] for r in log if r["kind"] == "step"]
+        P[dtype] = [r["P"] for r in records(tmp_path / f"runs/{dtype}", "step")]
     assert P["bfloat16"] == pytest.approx(P["float32"], abs=4e-3) and P["float32"][0] - P["float32"][1] > 0.02
 
 
-PAIR = ["--before", "TINY", "--after", "TINY"]
+# ------------------------------------------------------------------------------------- kills, locks, folders
+
+
+def killed(folder, name, kind, n):
+    """Resumes a run and ends it with SIGKILL once its log has n records of this kind, of which it leaves one cut."""
+    log = folder / f"runs/{name}/log.jsonl"
+    process = subprocess.Popen([sys.executable, str(ROOT / "ssiuu.py"), "--resume", f"runs/{name}"], cwd=folder,
+                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (log.is_file() and log.read_text().count(f'"kind": "{kind}"') >= n):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -9
+    with open(log, "a") as file:
+        file.write('{"kind": "st')
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    """Killed among the steps, and again among the attack's cells."""
+    own = {**QUICK, "attack.py": {**QUICK["attack.py"], "attack_lrs": [1e-4, 1e-3], "attack_draws": 2}}
+    prepare(tmp_path, own)
+    assert inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--tau", "0", "--steps", "10", "--save-every", "3", "--name",
+                  "whole") == 0
+    whole, part = tmp_path / "runs/whole", tmp_path / "runs/part"
+    part.mkdir()
+    shutil.copy(whole / "settings.json", part)
+    killed(tmp_path, "part", "step", 4)
+    assert 4 <= len((part / "log.jsonl").read_text().splitlines()) - 2 < 10 and not (part / "model.safetensors").exists()
+    killed(tmp_path, "part", "harmful", 2)
+    cells, stamp = (part / "log.jsonl").read_text().count("harmful"), (part / "model.safetensors").stat().st_mtime_ns
+    assert cells < 8 and not (part / "result.json").exists()
+    assert inside(monkeypatch, tmp_path, "ssiuu.py", "--resume", "runs/part") == 0
+    assert (part / "model.safetensors").stat().st_mtime_ns == stamp and same_weights(whole, part)
+    assert records(part, "harmful", "benign") == records(whole, "harmful", "benign")
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (whole, part))
+    assert a["attacks"] == b["attacks"] and a["after"] == b["after"]
+    strip = [[{k: v for k, v in r.items() if k != "seconds"} for r in records(f, "step")] for f in (whole, part)]
+    assert strip[0] == strip[1] and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "runs/ssiuu-tiny/result.json").unlink()
+    return tmp_path
+
+
+def test_a_kill_after_the_threshold_takes_no_further_step(copied, finished, monkeypatch):
+    run = copied / "runs/ssiuu-tiny"
+    begun = records(run, "before", "step")
+    (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in begun))
+    (run / "model.safetensors").unlink()
+    assert inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny", "--no-attack") == 0
+    assert records(run, "before", "step") == begun and same_weights(run, finished[0] / "runs/ssiuu-tiny")
+
+
+def test_a_resumed_run_keeps_its_settings(copied, monkeypatch):
+    run = copied / "runs/ssiuu-tiny"
+    files = {f: f.read_bytes() for f in run.iterdir()}
+    for change, words in ((["--lam", "9"], ["lam", "found 9", "expected 0.001"]), (["--seed", "1"], ["seed"])):
+        code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny", *change)
+        assert isinstance(code, str) and "\n" not in code and all(word in code for word in words), code
+    prepare(copied, {**QUICK, "attack.py": {**QUICK["attack.py"], "benign_rows": 9}})
+    assert "benign_rows: found 9, expected 8" in inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+    prepare(copied)
+    instructions = json.loads((ROOT / "data/instructions.json").read_text())[1:]
+    (copied / "few/forget_set_split.txt").write_text("1\n2\n3\n4\n5\n20")
+    assert instructions and "made of facts" in inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+    assert {f: f.read_bytes() for f in run.iterdir()} == files
+
+
+def test_a_log_that_was_deleted_beside_its_state_is_missed(copied, monkeypatch):
+    (copied / "runs/ssiuu-tiny/log.jsonl").unlink()
+    code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+    assert "log.jsonl: found 0 steps" in code and "\n" not in code
+    assert not (copied / "runs/ssiuu-tiny/result.json").exists()
+
+
+def test_what_a_refused_resume_meets_stays(copied, monkeypatch):
+    """Nothing recorded is no reason to remove a folder that this process did not make."""
+    run = copied / "runs/ssiuu-tiny"
+    (run / "log.jsonl").unlink()
+    assert "lam" in inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny", "--lam", "9")
+    assert (run / "model.safetensors").is_file() and (run / "settings.json").is_file()
+
+
+def test_two_processes_never_share_a_folder(copied, monkeypatch):
+    with open(copied / "runs/ssiuu-tiny/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+        assert "another process" in code and "\n" not in code
+    assert (copied / "runs/ssiuu-tiny/model.safetensors").is_file()
+    assert "expected a new name, or --resume" in inside(monkeypatch, copied, "ssiuu.py", *DATA, "--name", "ssiuu-tiny")
+
+
+def test_a_failed_start_gives_its_folder_back(tmp_path, monkeypatch):
+    prepare(tmp_path)
+    for name in ("../x", "/tmp/x", ".", "..", "a/b"):
+        code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--name", name)
+        assert isinstance(code, str) and f"--name: found {name!r}" in code and "\n" not in code, code
+    assert "nowhere" in inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--forget", "nowhere.json", "--name", "a")
+    assert not list(tmp_path.glob("runs/*")) and not (tmp_path.parent / "x").exists()
+
+
+def test_a_loss_that_is_not_finite_is_said(tmp_path, monkeypatch):
+    code = inside(monkeypatch, prepare(tmp_path), "ssiuu.py", *DATA, "--lam", "1e39", "--steps", "9", "--tau", "0")
+    assert "expected finite numbers" in code and "\n" not in code and not list(tmp_path.rglob("result.json"))
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def fails(*args, **options):
+        raise OSError("offline")
+    monkeypatch.setattr(models, "snapshot_download", fails)
+
+
+def refused(code, *words):
+    """One line, which says what is wrong rather than where the program broke."""
+    assert isinstance(code, str) and code and "\n" not in code and "--traceback shows" not in code, code
+    assert all(word in code for word in words), code
+
+
+PAIR = ["--before", "tiny", "--after", "tiny"]
 
 
 @pytest.mark.parametrize("script, flags, words", [
     ("ssiuu.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
     ("ssiuu.py", ["--model", "nowhere"], ["nowhere", "directory"]),
     ("ssiuu.py", ["--method", "magic"], ["--method", "magic", "ssiuu"]),
-    ("ssiuu.py", ["--p", "1.5"], ["--p", "1.5"]),
-    ("ssiuu.py", ["--lr", "-1"], ["--lr"]),
+    ("ssiuu.py", ["--method", "all"], ["--method", "all", "ssiuu"]),
+    ("ssiuu.py", ["--backbone", "rmu"], ["--backbone", "rmu", "gd"]),
+    ("ssiuu.py", ["--lr", "-1"], ["--lr", "-1"]),
+    ("ssiuu.py", ["--lr", "nan"], ["--lr", "nan"]),
+    ("ssiuu.py", ["--lam", "nan"], ["--lam", "nan"]),
+    ("ssiuu.py", ["--tau", "NaN"], ["--tau", "nan"]),
+    ("ssiuu.py", ["--beta", "inf"], ["--beta", "inf"]),
+    ("ssiuu.py", ["--steps", "1.5"], ["--steps", "1.5"]),
     ("ssiuu.py", ["--device", "cuda:9"], ["--device"]),
-    ("ssiuu.py", ["--resume", "nowhere"], ["--resume", "nowhere"]),
+    ("ssiuu.py", ["--device", "cpu:x"], ["--device", "cpu:x"]),
+    ("ssiuu.py", ["--resume", "nowhere"], ["nowhere"]),
     ("ssiuu.py", ["--tau", "1", "--test-limit", "4"], ["before unlearning"]),
     ("ssiuu.py", ["--splits", "."], ["forget_set_split.txt"]),
     ("ssiuu.py", ["--unknown", "1"], ["--unknown"]),
-    ("ssiuu.py", ["--benign", "nowhere.json"], ["--benign", "nowhere.json"]),
-    ("ssiuu.py", ["--control", "nowhere"], ["--control", "nowhere"]),
+    ("ssiuu.py", ["--p", "0.1"], ["--p"]),
     ("ssiuu.py", ["--utility", "."], ["mmlu", "winogrande_dev.jsonl"]),
-    ("ssiuu.py", ["--device", "cpu:x"], ["--device", "cpu:x"]),
-    ("ssiuu.py", ["--bench", "--bench-tokens", "5"], ["--bench-tokens"]),
     ("ssiuu.py", ["--save-every", "0"], ["--save-every"]),
-    ("ssiuu.py", ["--method", "gd,ga", "--attack-seeds", "0"], ["--attack-seeds"]),
-    ("ssiuu.py", ["--method", "gd,magic"], ["--method", "gd,magic"]),
-    ("ssiuu.py", ["--retain", "nowhere.json"], ["faithun.json", "line 1"]),
+    ("ssiuu.py", ["--seed", "9223372036854775808"], ["--seed"]),
+    ("ssiuu.py", ["--retain", "nowhere.json"], ["faithun.json", "--retain"]),
     ("evaluate.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
-    ("evaluate.py", ["--after", "TINY"], ["--before and --after too"]),
-    ("evaluate.py", ["--attacked", "TINY"], ["--before and --after too"]),
-    ("evaluate.py", ["--before", "TINY", "--after", "nowhere"], ["nowhere"]),
-    ("evaluate.py", [*PAIR, "--out", "file"], ["--out: found 'file'"]),
-    ("evaluate.py", ["--before", "TINY", "--after", str(ROOT / "tests/golden/llama")], ["tests/golden/llama"]),
-    ("evaluate.py", [*PAIR, "--ms", "5000"], ["--ms"]),
-    ("evaluate.py", [*PAIR, "--other-blocks", "0"], ["--other-blocks"]),
-    ("evaluate.py", [*PAIR, "--other-items", "1"], ["--other-items"]),
-    ("evaluate.py", [*PAIR, "--unseen", "file"], ["file: found 0 items"]),
-    ("evaluate.py", ["--runs", "nowhere"], ["nowhere/result.json"]),
-    ("evaluate.py", ["--runs", str(ROOT / "data/results/all-tiny")], ["data/results/all-tiny/result.json"]),
+    ("evaluate.py", ["--after", "tiny"], ["--before, --after"]),
+    ("evaluate.py", ["--attacked", "tiny"], ["--before, --after"]),
+    ("evaluate.py", ["--before", "tiny", "--after", "nowhere"], ["nowhere"]),
+    ("evaluate.py", [*PAIR, "--out", "file"], ["file"]),
+    ("evaluate.py", ["--before", "tiny", "--after", str(ROOT / "tests/golden/llama"), "--out", "."], ["tests/golden/llama"]),
     ("attack.py", ["--p", "0"], ["--p"]),
+    ("attack.py", ["--p", "0.1", "1.5"], ["--p", "1.5"]),
+    ("attack.py", ["--bits", "1"], ["--bits"]),
+    ("attack.py", ["--benign", "nowhere.json"], ["nowhere.json"]),
+    ("attack.py", ["--save", "file"], ["--save", "file"]),
 ])
-def test_bad_input_ends_in_one_line_and_a_status(tmp_path, monkeypatch, capsys, script, flags, words):
-    (tmp_path / "file").write_text("{}")
-    code = inside(monkeypatch, tmp_path, script, *(str(ROOT / "data/tiny") if f == "TINY" else f for f in flags))
-    last = code if isinstance(code, str) else capsys.readouterr().err.strip().splitlines()[-1]
-    assert code != 0 and "\n" not in last and all(word in last for word in words), last
+def test_bad_flags_end_in_one_line_and_a_status(tmp_path, monkeypatch, offline, script, flags, words):
+    (prepare(tmp_path) / "file").write_text("{}")
+    refused(inside(monkeypatch, tmp_path, script, *DATA, *flags), *words)
     assert not list(tmp_path.rglob("result.json")) and not list(tmp_path.rglob("analysis.json"))
+    assert not list(tmp_path.glob("runs/*/settings.json")) or "--tau" in flags
 
 
-def test_a_loss_that_is_not_finite_is_said(tmp_path):
-    out = command(tmp_path, "ssiuu.py", "--lam", "1e39", "--steps", "9", "--tau", "0")
-    assert out.returncode == 1 and "not finite" in out.stderr and len(out.stderr.splitlines()) == 1
-    assert not list(tmp_path.rglob("result.json"))
+@pytest.mark.parametrize("own, words", [
+    ('{"ssiuu.py": {"method": "ga"}}', ["method", "'ga'", "a number"]),
+    ('{"ssiuu.py": {"lr": "1e-4"}}', ["lr", "a number"]),
+    ('{"ssiuu.py": {"magic": 1}}', ["unknown key 'magic'"]),
+    ('{"ssiuu.py": {"steps": 1.5}}', ["steps", "1.5"]),
+    ('{"ssiuu.py": {"lr": true}}', ["lr"]),
+    ('{"ssiuu.py": {"lr": [0.1]}}', ["lr"]),
+    ('{"ssiuu.py": {"lr": NaN}}', ["unlearn.json", "JSON"]),
+    ('{"ssiuu.py": {"name": 5}}', ["name"]),
+    ('{"ssiuu.py": [1]}', ["ssiuu.py", "an object"]),
+    ('{"attack.py": {"attack_epochs": 0}}', ["attack.py", "attack_epochs"]),
+    ('{"attack.py": {"attack_lrs": []}}', ["attack.py", "attack_lrs"]),
+    ('[1]', ["unlearn.json", "an object"]),
+    ('null', ["unlearn.json", "an object"]),
+])
+def test_a_models_own_settings_are_checked(tmp_path, monkeypatch, own, words):
+    refused(inside(monkeypatch, prepare(tmp_path, own), "ssiuu.py", *DATA), "unlearn.json", *words)
+    assert not list(tmp_path.rglob("result.json")) and not list(tmp_path.glob("runs/*"))
+
+
+KEPT = {f.name: f.default for f in fields(ssiuu.Settings)} | {"model": "tiny", "splits": "few", "forget": DATA[3]}
+
+
+@pytest.mark.parametrize("kept", [{}, [], None, {"settings": 3}, {"settings": {}}, {"settings": {**KEPT, "lr": "x"}},
+                                  {"settings": {**KEPT, "steps": None}}, {"settings": {**KEPT, "more": 1}},
+                                  {"settings": {**KEPT, "no_attack": 1}}, {"settings": {**KEPT, "model": "a\0b"}}])
+def test_settings_that_are_none_are_refused(tmp_path, monkeypatch, offline, kept):
+    (prepare(tmp_path) / "runs/x").mkdir(parents=True)
+    (tmp_path / "runs/x/settings.json").write_text(json.dumps(kept))
+    refused(inside(monkeypatch, tmp_path, "ssiuu.py", "--resume", "runs/x"))
+
+
+FLAGS = [f.name for f in fields(ssiuu.Settings) if f.name not in ("traceback", "resume")]
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+                    lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=3)
+PLACES = [("unlearn.json",), ("unlearn.json", "ssiuu.py"), ("unlearn.json", "attack.py"),
+          *(("unlearn.json", "ssiuu.py", key) for key in FLAGS),
+          *(("unlearn.json", "attack.py", f.name) for f in fields(attack.Settings)),
+          ("settings.json",), ("settings.json", "settings"), ("settings.json", "attack"), ("settings.json", "made of"),
+          *(("settings.json", "settings", key) for key in FLAGS)]
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5) | JSON.map(str).filter(
+    lambda x: "\0" not in x)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return models.load(ROOT / "data/tiny")
+
+
+@pytest.mark.parametrize("what", ["file", "flag"])
+def test_any_value_is_taken_or_refused_in_one_line(what, tmp_path, monkeypatch, offline, loaded):
+    """A run that gets as far as its first score has taken what it was given."""
+    def far(*args):
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(ssiuu, "load", lambda *args, **options: loaded)
+    monkeypatch.setattr(ssiuu, "scores_of", far)
+    prepare(tmp_path)
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(st.sampled_from(PLACES if what == "file" else FLAGS), JSON if what == "file" else TEXT)
+    def any_value(place, value):
+        run, flags, own, kept = tmp_path / "runs/x", [*DATA, "--name", "x"], dict(QUICK), {"settings": KEPT}
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        if what == "flag":
+            flags += [f"--{place.replace('_', '-')}={value}"]
+        else:
+            root = {"unlearn.json": own, "settings.json": kept}
+            at = root
+            for key in place[:-1]:
+                at[key] = dict(at.get(key, {}))
+                at = at[key]
+            at[place[-1]] = value
+            own, kept = root["unlearn.json"], root["settings.json"]
+            if place[0] == "settings.json":
+                run.mkdir(parents=True)
+                (run / "settings.json").write_text(json.dumps(kept))
+                flags = ["--resume", "runs/x"]
+        prepare(tmp_path, json.dumps(own))
+        refused(inside(monkeypatch, tmp_path, "ssiuu.py", *flags))
+
+    any_value()
 
 
 @pytest.mark.parametrize("script", ["ssiuu.py", "evaluate.py", "attack.py"])
 def test_help_names_every_flag(tmp_path, monkeypatch, capsys, script):
     assert inside(monkeypatch, tmp_path, script, "--help") == 0
-    out = capsys.readouterr().out
-    assert "--forget" in out and "None" not in out
+    out, kind = capsys.readouterr().out, importlib.import_module(script.removesuffix(".py")).Settings
+    assert all(f"--{f.name.replace('_', '-')}" in out for f in fields(kind)) and "None" not in out
