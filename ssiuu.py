@@ -173,6 +173,7 @@ class Settings(Scored):
     anchor: Literal["previous", "initial"] = "previous"  # A_prev: last step (Eq. 3) or first (Section 1)
     target: Literal["prob", "logprob"] = "prob"  # P: prob (Eq. 12), or logprob, which does not vanish with P
     scope: Literal["all", "linear"] = "all"  # penalised: every parameter (Eq. 12), or q k v o gate up down
+    penalise: Literal["negative", "positive", "all", "random", "weights"] = "negative"  # I^-; else a control
     first_order: bool = False             # leave the Hessian out of Eq. 13 and 14
     beta: Positive = 0.1                  # of DPO and NPO (C.2 (4): searched in 0.1 to 0.5)
     rmu_alpha: Positive = 100.0           # weight of RMU's retain term (C.2 (5): 20 to 300)
@@ -334,6 +335,21 @@ def scope_of(model: LM, scope: str) -> Tensors:
     return [p for name, p in model.named_parameters() if scope == "all" or name.endswith("_proj.weight")]
 
 
+def attributed(logp: Tensor, phi: Tensors, s: Settings, share: float, hessian: bool) -> Tensors:  # (B,)
+    """A of a part of b (Alg. 1 l.5); in the control `weights` its share of phi itself, plain L2 on the step."""
+    if s.penalise == "weights":
+        return [share * p for p in phi]
+    return attribution((logp if s.target == "logprob" else logp.exp()).sum(), phi, hessian)
+
+
+def penalised(A: Tensors, which: str, seed: int) -> Tensors:
+    """I^- (Alg. 1 l.10), or what stands for it in a control: I^+, a fixed random half, all parameters."""
+    if which in ("negative", "positive"):
+        return negative(A if which == "negative" else [-a for a in A])
+    draw = torch.Generator().manual_seed(seed)
+    return [(torch.rand(a.shape, generator=draw) < (0.5 if which == "random" else 1)).to(a.device) for a in A]
+
+
 class Graph(NamedTuple):
     """Of one part of b, from one forward pass: its share of L and its A, with their graph, and log P(y|x)
     without."""
@@ -345,21 +361,17 @@ class Graph(NamedTuple):
 def forget_graph(model: LM, part: Part, phi: Tensors, state: State, s: Settings) -> Graph:
     logp = answer_logprob(model, part.batch)                                                     # (B,)
     L = part.share * state.loss(logp, part.items)                                                # Alg. 1 l.4
-    A = attribution(P_of(logp, s.target), phi, not s.first_order) if phi else []                 # l.5
+    A = attributed(logp, phi, s, part.share, not s.first_order) if phi else []                   # l.5
     return Graph(L, A, logp.detach())
 
 
-def P_of(logp: Tensor, target: str) -> Tensor:  # (B,) -> ()
-    return logp.sum() if target == "logprob" else logp.exp().sum()
-
-
-def batch_attribution(model: LM, b: list[Part], one: Graph | None, phi: Tensors, target: str) -> dict:
+def batch_attribution(model: LM, b: list[Part], one: Graph | None, phi: Tensors, s: Settings) -> dict:
     """{key: A summed over its parts, as constants} (Alg. 1 l.5). `one`: the graph of the only part, where
     there is."""
     A = {}
     for part in b:
-        P = None if one else P_of(answer_logprob(model, part.batch), target)
-        constant = [a.detach() for a in (one.A if one else attribution(P, phi, hessian=False))]
+        graph = one.A if one else attributed(answer_logprob(model, part.batch), phi, s, part.share, False)
+        constant = [a.detach() for a in graph]
         A[part.key] = [x.add_(a) for x, a in zip(A[part.key], constant)] if part.key in A else constant
     return A
 
@@ -390,8 +402,8 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             L, logp_f = rmu_step(model, learning, b[0].batch, b_r[0].batch, state.steer, s.rmu_alpha)
             b, b_r = [], []
         one = forget_graph(model, b[0], phi, state, s) if len(b) == 1 else None                  # l.4
-        A = batch_attribution(model, b, one, phi, s.target) if phi else {}                       # l.5
-        I_neg = negative([reduce(torch.add, a) for a in zip(*A.values())])                       # l.10
+        A = batch_attribution(model, b, one, phi, s) if phi else {}                              # l.5
+        I_neg = penalised([reduce(torch.add, a) for a in zip(*A.values())], s.penalise, s.seed)  # l.10
         for key in [key for key in A if key in state.A_prev]:                                    # l.7: t > 1
             L_ssiuu += ssiuu_loss(A[key], state.A_prev[key], I_neg).item()                       # l.11
             w[key] = weights(A[key], state.A_prev[key], I_neg, s.lam)                            # Eq. 10

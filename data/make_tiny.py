@@ -1,15 +1,20 @@
 """Train the tiny model of data/tiny: a 1.9M-parameter Llama that knows the 664 facts of faithun.json.
 
-    python data/make_tiny.py [OUT=data/tiny]
+    python data/make_tiny.py [OUT=data/tiny] [--without K]
+
+With --without K the model is never taught the facts that fold K forgets: what exact unlearning would leave. The
+tokenizer stays the same, made of the texts of all facts.
 
 Unlearning needs a model that knows what it is to forget, and the paper's models do not fit a laptop or a test.
 This one is trained from nothing, tokenizer included, on the answers alone: each fact's base question, its two
 paraphrases, and Table 3's multiple-choice prompt with freshly shuffled options. It takes about 2 minutes on two
 free CPU cores. The seed fixes everything: two runs on one machine write the same weights. OUT is replaced only by
-a model that knows at least 97 % of each split; its scores are in OUT/made.json.
+a model that knows at least 97 % of each split it was taught; its scores are in OUT/made.json.
 """
+import argparse
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -27,7 +32,7 @@ from data import Example, collate, encode, load_faithun, mcqa_prompt, split  # n
 from evaluate import answered, score  # noqa: E402
 from model import LM, Tokenizer, answer_logprob, generate, read_config, save  # noqa: E402
 
-SEED, THREADS, REQUIRED = 0, 2, 97.0
+SEED, THREADS, REQUIRED = 0, int(os.environ.get("OMP_NUM_THREADS", 2)), 97.0
 # 16 epochs end at a P(answer) of about 0.93; 40 reach 0.99 and gain nothing in accuracy.
 EPOCHS, BATCH, LR, WEIGHT_DECAY, WARMUP, CLIP = 16, 64, 1e-3, 0.1, 100, 1.0
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]  # <|end|> first: its id is then 0, collate's padding
@@ -108,14 +113,14 @@ def train(model: LM, tokenizer: Tokenizer, facts: list[list[Example]], generator
 
 
 @torch.no_grad()
-def check(model: LM, tokenizer: Tokenizer, facts: list[list[Example]]) -> dict:
+def check(model: LM, tokenizer: Tokenizer, facts: list[list[Example]], fold: int) -> dict:
     """Per split: multiple-choice accuracy, exact greedy answers to the plain wordings, and the mean P(answer)."""
     def exact(examples: list[Example]) -> dict:
         outputs = generate(model, [tokenizer.prompt(e.question) for e in examples], 24, tokenizer.stop_ids)
         return score([tokenizer.decode(ids) == e.answers[0] for ids, e in zip(outputs, examples)])
 
     scores = {}
-    for name, part in zip(("forget", "retain", "test"), split(facts, HERE / "faithun_splits")):
+    for name, part in zip(("forget", "retain", "test"), split(facts, HERE / "faithun_splits", fold)):
         base = [wordings[0] for wordings in part]
         rows = collate([encode(tokenizer, e.question, e.answers[0]) for e in base])
         scores[name] = {"multiple_choice": score(answered(model, tokenizer, base)), "base": exact(base),
@@ -124,7 +129,7 @@ def check(model: LM, tokenizer: Tokenizer, facts: list[list[Example]]) -> dict:
     return scores
 
 
-def main(out: Path) -> None:
+def main(out: Path, without: int | None) -> None:
     if out.exists() and not (out / "made.json").is_file():
         sys.exit(f"{out}: exists and is not a model that this script made; name another directory")
     torch.set_num_threads(THREADS)
@@ -137,16 +142,18 @@ def main(out: Path) -> None:
     draft.mkdir(parents=True)
     write_tokenizer(facts, draft)
     tokenizer, model = Tokenizer(draft), initialise(LM(read_config(draft)), generator)
-    loss = train(model, tokenizer, facts, generator)
-    scores = check(model, tokenizer, facts)
+    left_out = [] if without is None else split(facts, HERE / "faithun_splits", without)[0]
+    loss = train(model, tokenizer, [e for e in facts if e not in left_out], generator)
+    scores = check(model, tokenizer, facts, without or 0)
     save(model, tokenizer, draft)
     made = {"seed": SEED, "epochs": EPOCHS, "batch": BATCH, "lr": LR, "weight_decay": WEIGHT_DECAY, "warmup": WARMUP,
             "clip": CLIP, "threads": THREADS, "torch": torch.__version__, "seconds": round(time.monotonic() - start),
+            "without": without,
             "parameters": sum(p.numel() for p in model.parameters()), "final_loss": round(loss, 5), "scores": scores}
     (draft / "made.json").write_text(json.dumps(made, indent=2) + "\n")
     print(json.dumps(made, indent=2))
     low = [f"{name} {form} {s['percent']} %" for name, forms in scores.items() for form, s in forms.items()
-           if isinstance(s, dict) and s["percent"] < REQUIRED]
+           if isinstance(s, dict) and s["percent"] < REQUIRED and not (left_out and name == "forget")]
     if low:
         sys.exit(f"below {REQUIRED} %: {', '.join(low)}; the model stays in {draft}")
     if out.exists():
@@ -155,6 +162,8 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if any(argument.startswith("-") for argument in sys.argv[1:]):
-        sys.exit(__doc__)
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else HERE / "tiny"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=HERE / "tiny", help="folder of the model (data/tiny)")
+    parser.add_argument("--without", type=int, metavar="K", help="leave out the forget set of fold K (none)")
+    args = parser.parse_args()
+    main(args.out, args.without)

@@ -46,6 +46,10 @@ class Literal:
             return 2 / self.s.beta * torch.log1p(torch.exp(-self.s.beta * lead)).mean()
         return logp.mean()
 
+    def penalised(self, A):
+        return {"negative": A < 0, "positive": A > 0, "all": torch.ones_like(A), "weights": torch.ones_like(A)}[
+            self.s.penalise].bool()
+
     def gradient(self, model, b_r):
         s, everything = self.s, list(model.parameters())
         names = [n for n, _ in model.named_parameters()]
@@ -55,11 +59,12 @@ class Literal:
         sums = list(value) if s.per_example else [value.sum()]
         gs = [torch.autograd.grad(P, phi, create_graph=True) for P in sums]
         A = [[p * (g.detach() if s.first_order else g) for p, g in zip(phi, each)] for each in gs]
+        A = [phi] if s.penalise == "weights" else A
         J = self.backbone(model, logp)
         if "ga" not in (s.backbone, s.method):
             J = J - answer_logprob(model, collate([self.rows_r[i] for i in b_r])).mean()
         if self.A_prev and s.method == "ssiuu":
-            I_neg = [sum(same) < 0 for same in zip(*A)]
+            I_neg = [self.penalised(sum(same)) for same in zip(*A)]
             for now, before in zip(A, self.A_prev):
                 J = J + s.lam * sum(((a - q)[i] ** 2).sum() for a, q, i in zip(now, before, I_neg))
         if s.anchor == "previous" or self.A_prev is None:
@@ -105,6 +110,20 @@ def test_each_steps_gradient_is_literal_autograds(anchor, target, scope, first_o
 def test_every_backbone_with_and_without_the_penalty(method, backbone, micro, monkeypatch):
     records = follow(replace(S, method=method, backbone=backbone, micro_batch=micro, beta=0.2), monkeypatch)
     assert len(records) == 3 and (method != "ssiuu" or records[2]["L_SSIUU"] > 0)
+
+
+@pytest.mark.parametrize("penalise", ["positive", "all", "weights"])
+@pytest.mark.parametrize("anchor, micro", [("previous", None), ("initial", 2)])
+def test_the_controls_of_the_sign(penalise, anchor, micro, monkeypatch):
+    records = follow(replace(S, penalise=penalise, anchor=anchor, micro_batch=micro), monkeypatch)
+    assert records[2]["L_SSIUU"] > 0 and (records[2]["I_neg"] == 1) == (penalise != "positive")
+
+
+def test_a_random_half_is_the_same_half_at_every_step():
+    A = [torch.randn(40, 50, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    masks = ssiuu.penalised(A, "random", 7)
+    assert all(map(torch.equal, masks, ssiuu.penalised([-a for a in A], "random", 7)))
+    assert ssiuu.share_of(masks) == pytest.approx(0.5, abs=0.03) and not torch.equal(*masks)
 
 
 def weights_after(s, tmp_path=None, cut=0):

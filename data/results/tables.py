@@ -1,133 +1,307 @@
-"""One table of many runs: `ssiuu.py` makes what is missing, one run a row and forget set; writes table.json.
+"""One table of many runs: every row a method, every cell a mean over forget sets.
 
-    python data/results/tables.py tiny --folds 1 2 3                  # survives kills: run it again
-    python data/results/tables.py tiny --print                        # only show what is committed
+    python data/results/tables.py tiny-fold0      # what the settings were chosen on: the published forget set
+    python data/results/tables.py tiny            # run what is missing, then write and print the table
+    python data/results/tables.py tiny --print    # print the committed table, run nothing
 
-A finished run leaves data/results/TABLE/runs/ROW fold=K.json; from these anybody can make the table again. A
-column is the mean over folds with its 95 % t-interval, and the same of its paired difference to the row "gd".
+A row and fold is one model: ssiuu.py (or make_tiny.py --without) makes it, evaluate.py looks into it, attack.py
+attacks it. What they found is kept in TABLE/runs/<row> fold=<k>.json; the weights are not. After a kill the same
+command goes on where it stopped. TABLE/table.json holds, per row and column, the mean over folds with its 95 %
+t-interval, a fold being one observation, and the paired difference to "gd".
 """
 import argparse
+import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 from evaluate import markdown, refuse, run  # noqa: E402
 from model import read_json, write_json  # noqa: E402
+from ssiuu import provenance  # noqa: E402
 
-# row -> the flags of ssiuu.py; rates, beta and alpha are those chosen on the published forget set, fold 0
+INITIAL = "--anchor initial --lam 0.03"
 TINY = {
-    "ga": "--method ga --lr 2e-5", "gd": "--method gd", "gd slowed": "--method gd --lr 1.2e-5",
-    "dpo": "--method dpo --lr 5e-4 --beta 0.1", "npo": "--method npo --beta 0.3",
-    "rmu": "--method rmu --lr 2e-4 --rmu-alpha 20", "klue": "--method klue --lr 2e-4",
-    "random": "--method random --lr 5e-4",
-    "ssiuu previous 0.1": "--lam 0.1", "ssiuu previous 0.3": "--lam 0.3",
-    "ssiuu initial 0.01": "--anchor initial --lam 0.01", "ssiuu initial 0.03": "--anchor initial --lam 0.03",
-    "ssiuu per example 0.1": "--per-example --lam 0.1",
-    "ssiuu initial 0.03 over npo": "--anchor initial --lam 0.03 --backbone npo --beta 0.3",
+    "never taught": None,
+    "gd": "--method gd",
+    "ssiuu initial 0.03": INITIAL,
+    "ssiuu previous 0.1": "--lam 0.1",
+    "npo": "--method npo --beta 0.3",
+    "gd slowed": "--method gd --lr 1.2e-5",
+    "ssiuu initial 0.03 positive": f"{INITIAL} --penalise positive",
+    "ssiuu initial 0.03 over npo": f"{INITIAL} --backbone npo --beta 0.3",
+    "l2 initial 300": "--anchor initial --lam 300 --penalise weights",
+    "ssiuu previous 0.3": "--lam 0.3",
+    "ssiuu initial 0.03 all": f"{INITIAL} --penalise all",
+    "ssiuu initial 0.03 random": f"{INITIAL} --penalise random",
+    "klue": "--method klue --lr 2e-4",
+    "ssiuu initial 0.01": "--anchor initial --lam 0.01",
+    "ssiuu previous 1": "--lam 1",
+    "rmu": "--method rmu --lr 2e-4 --rmu-alpha 20",
+    "dpo": "--method dpo --lr 5e-4 --beta 0.1",
+    "ga": "--method ga --lr 2e-5",
+    "random mask": "--method random --lr 5e-4",
+    "ssiuu per example 0.1": "--lam 0.1 --per-example",
+    "ssiuu logprob 0.1": "--lam 0.1 --target logprob",
 }
-TABLES = {"tiny": TINY}
-# t such that 95 % lie within +-t, for 1, 2, ... degrees of freedom
-T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-     2.120, 2.110, 2.101, 2.093]
+FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, grid in {
+    "ga": ["--lr 1e-5", "--lr 2e-5", "--lr 5e-5"],
+    "gd": ["--lr 1.2e-5", "--lr 2e-5", "--lr 5e-5", "--lr 1e-4"],
+    "npo": [f"--lr {lr} --beta {beta}" for lr in ("2e-5", "5e-5") for beta in (0.1, 0.3, 0.5)],
+    "dpo": ["--lr 1e-4 --beta 0.1", *(f"--lr 5e-4 --beta {beta}" for beta in (0.1, 0.3, 0.5))],
+    "rmu": ["--lr 1e-4 --rmu-alpha 20", *(f"--lr 2e-4 --rmu-alpha {alpha}" for alpha in (20, 100, 300))],
+    "klue": ["--lr 1e-4", "--lr 2e-4"], "random": ["--lr 2e-4", "--lr 5e-4"],
+    "ssiuu": [*(f"--lam {lam}" for lam in (0.03, 0.1, 0.3, 1)),
+              *(f"--anchor initial --lam {lam}" for lam in (0.003, 0.01, 0.03, 0.1)),
+              *(f"--anchor initial --penalise weights --lam {lam}" for lam in (30, 100, 300, 1000))],
+}.items() for more in grid}
+SCORES = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
+
+
+@dataclass
+class Table:
+    model: str
+    rows: dict[str, str | None]  # name -> flags of ssiuu.py; None: make_tiny.py --without
+    steps: int = 300             # at most
+    attack: str | None = None    # flags of attack.py; none: no attack
+    folds: range = range(1, 11)
+
+
+TABLES = {"tiny-fold0": Table("data/tiny", FOLD0, steps=100, folds=range(1)),
+          "tiny": Table("data/tiny", TINY, attack="--attack-draws 1 --attack-lrs 1e-3 5e-4 1e-4 "
+                        "--benign-lrs 1e-3 1e-4 1e-5 --benign-rows 200")}
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def command(*words: str) -> str:
+    """Runs a command of this repository on one core; its standard output. RuntimeError where it fails."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        *_, last = "", *done.stderr.splitlines()
+        raise RuntimeError(last if last.startswith("error: ") else f"{words[0]}: status {done.returncode}")
+    return done.stdout
+
+
+def make_model(t: Table, row: str, fold: int, name: str) -> dict:
+    """runs/<name>, the model of this row, made or resumed; its scores as ssiuu.py or evaluate.py gives them."""
+    folder = ROOT / "runs" / name
+    if t.rows[row] is None:
+        if not (folder / "made.json").is_file():
+            command("data/make_tiny.py", f"runs/{name}", "--without", str(fold))
+        return {"after": json.loads(command("evaluate.py", "--model", f"runs/{name}", "--fold", str(fold)))}
+    if folder.exists() and not (folder / "settings.json").is_file():
+        shutil.rmtree(folder)  # killed before there was anything to resume
+    if not (folder / "result.json").is_file():
+        start = ["--resume", f"runs/{name}"] if folder.exists() else ["--name", name]
+        command("ssiuu.py", "--model", t.model, "--fold", str(fold), "--steps", str(t.steps), "--no-attack",
+                *t.rows[row].split(), *start)
+    result = read_json(folder / "result.json")
+    return {key: result[key] for key in ("before", "after", "seconds")}
+
+
+def make(table: str, row: str, fold: int) -> dict:
+    """What is known of this row on this fold: kept from before, or found now."""
+    t, name, kept = TABLES[table], f"{table} {row} fold={fold}", HERE / table / "runs" / f"{row} fold={fold}.json"
+    flags = {"model": t.model, "steps": t.steps, "ssiuu.py": t.rows[row], "attack.py": t.attack}
+    if kept.is_file():
+        result = read_json(kept)
+        if result.get("flags") != flags:
+            refuse(f"{kept}: found {result.get('flags')}, expected {flags}: remove it to run it again")
+        return result
+    result = {"flags": flags} | make_model(t, row, fold, name) | provenance()
+    at = ["--fold", str(fold)]
+    if t.attack:
+        command("evaluate.py", "--before", t.model, "--after", f"runs/{name}", *at)
+        analysis = read_json(ROOT / "runs" / name / "analysis.json")
+        seen = {key: x for key, x in analysis["variation"].items() if key != "curves"}
+        result["analysis"] = seen | analysis["checkpoints"]["after"]
+        lines = map(json.loads, command("attack.py", "--model", f"runs/{name}", *at, *t.attack.split()).splitlines())
+        result["attacks"] = {x["attack"]: x for x in lines if x["kind"] == "summary"}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, result)
+    shutil.rmtree(ROOT / "runs" / name)
+    return result
+
+
+def make_all(table: str, rows: list[str], folds: list[int], jobs: int) -> list[str]:
+    """Makes every run, `jobs` at a time, a line as each ends. Returns the failed; they stop no other."""
+    start, failed = time.time(), []
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(make, table, row, k): f"{row} fold={k}" for k in folds for row in rows}
+        try:
+            for i, future in enumerate(as_completed(waiting), 1):
+                try:
+                    after = future.result()["after"]
+                    text = f"FS {after['FS']['percent']:.1f}  RS {after['RS']['percent']:.1f}"
+                except (RuntimeError, ValueError, OSError) as e:
+                    failed.append(waiting[future])
+                    text = str(e)
+                left = (time.time() - start) / i * (len(waiting) - i)
+                print(f"{i}/{len(waiting)}  {waiting[future]}  {text}  eta {left:.0f}s", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+# --------------------------------------------------------------------------------------------- the table
+
+# 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little wide
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+     2.120, 2.110, 2.101, 2.093)
 
 
 def interval(values: list[float]) -> dict:
-    """{mean, low, high, folds}: the 95 % t-interval of the mean; one fold alone has none."""
-    n, mean = len(values), statistics.fmean(values)
-    if n == 1:
-        return {"mean": round(mean, 3), "low": None, "high": None, "folds": 1}
-    half = T[min(n - 1, len(T)) - 1] * statistics.stdev(values) / math.sqrt(n)
-    return {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3), "folds": n}
+    """{mean, low, high, folds}: the 95 % t-interval of a mean over folds; one fold has none."""
+    mean, low, high = statistics.fmean(values), None, None
+    if len(values) > 1:
+        half = T[min(len(values) - 1, len(T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+        low, high = round(mean - half, 3), round(mean + half, 3)
+    return {"mean": round(mean, 3), "low": low, "high": high, "folds": len(values)}
 
 
-def columns(result: dict) -> dict[str, float]:
-    """The numbers of one run's result.json."""
-    after = result["after"]
-    names = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
-    found = {name: after[name]["percent"] for name in names if name in after}
-    found |= {"steps": after["steps"], "reached": 100.0 * after["reached"]}
-    for label, x in result["attacks"].items():
-        if "percent" in x:
-            found |= {label: x["percent"], f"margin after {label}": x["margin_max"]}
+def columns_of(result: dict, side: str = "after") -> dict[str, float]:
+    """{column: value} of one run, all in percent but steps, margins and D+, D-."""
+    scores = result[side]
+    values = {name: scores[name]["percent"] for name in SCORES if name in scores}
+    if side == "before":
+        return values
+    values |= {name: scores[name] for name in ("steps",) if name in scores}
+    if "reached" in scores:
+        values["reached"] = 100.0 * scores["reached"]
+    for label, found in result.get("attacks", {}).items():
+        if "percent" in found:  # none where too little was answered falsely, or every retraining diverged
+            values |= {label: found["percent"], f"{label} margin": found["margin_max"]}
+    if "analysis" in result:
+        a = result["analysis"]
+        values |= {name: a[name][0] for name in ("D_pos", "D_neg", "share")}
+        values |= {"lens": a["lens"][-1]["percent"], "P": 100 * a["P"]}
+    return values
+
+
+def read_runs(table: str) -> dict[str, dict[int, dict]]:
+    """{row: {fold: result}} of the kept runs, in the table's order."""
+    found = {}
+    for row in TABLES[table].rows:
+        for path in sorted((HERE / table / "runs").glob(f"{row} fold=*.json")):
+            found.setdefault(row, {})[int(path.stem.rpartition("=")[2])] = read_json(path)
     return found
 
 
-def table(runs: dict[str, dict[int, dict]]) -> dict:
-    """{"rows": {row: {column: interval, "minus gd": {column: interval of paired differences}}}}."""
-    rows, gd = {}, runs.get("gd", {})
-    for row, folds in runs.items():
-        rows[row] = {}
-        for name in dict.fromkeys(name for found in folds.values() for name in found):
-            rows[row][name] = interval([found[name] for found in folds.values() if name in found])
-        both = [(found, gd[k]) for k, found in folds.items() if k in gd and row != "gd"]
-        differences = {}
-        for name in rows[row]:
-            values = [a[name] - b[name] for a, b in both if name in a and name in b]
-            if values:
-                differences[name] = interval(values)
-        rows[row]["minus gd"] = differences
-    return {"rows": rows}
+def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
+    """{column: interval of a - b over the folds that both have}."""
+    both = [(a[k], b[k]) for k in a if k in b]
+    differences = {}
+    for name in dict.fromkeys(name for x, _ in both for name in x):
+        values = [x[name] - y[name] for x, y in both if name in x and name in y]
+        if values:
+            differences[name] = interval(values)
+    return differences
 
 
-def shown(x: dict | None) -> str:
+def summarise(runs: dict[str, dict[int, dict]]) -> dict:
+    """table.json: per row its columns over folds and, paired by fold, `minus gd` and what else is compared."""
+    default = {k: columns_of(x, "before") for row in runs.values() for k, x in row.items() if "before" in x}
+    values = {"default": default} | {row: {k: columns_of(x) for k, x in found.items()} for row, found in runs.items()}
+    rows = {}
+    for row, folds in values.items():
+        names = dict.fromkeys(name for columns in folds.values() for name in columns)
+        rows[row] = {name: interval([x[name] for x in folds.values() if name in x]) for name in names}
+        for other in ("gd", "gd slowed", "npo", "ssiuu initial 0.03", "never taught"):
+            if row not in ("default", other) and other in values:
+                rows[row][f"minus {other}"] = paired(folds, values[other])
+    return {"rows": rows, "rank": ranking(values),
+            "commits": sorted({x["commit"] for row in runs.values() for x in row.values()})}
+
+
+def ranks(x: list[float]) -> list[float]:
+    """1 for the least; equal values share the mean of their ranks."""
+    return [sum(b < a for b in x) + (1 + sum(b == a for b in x)) / 2 for a in x]
+
+
+def ranking(values: dict[str, dict[int, dict]]) -> dict:
+    """{attack: interval over folds of Spearman's rho over the unlearned models between D- - D+ and recovery}."""
+    rows, rho = [folds for row, folds in values.items() if row not in ("default", "never taught")], {}
+    for k in sorted({k for folds in rows for k in folds}):
+        runs = [folds[k] for folds in rows if "D_neg" in folds.get(k, {})]
+        for label in ("Harmful p = 0.1", "Harmful p = 0.3", "Benign"):
+            pairs = [(x["D_neg"] - x["D_pos"], x[label]) for x in runs if label in x]
+            hiding, recovery = (ranks(list(column)) for column in zip(*pairs)) if pairs else ([], [])
+            if len(pairs) > 3 and len(set(hiding)) > 1 < len(set(recovery)):
+                rho.setdefault(label, []).append(statistics.correlation(hiding, recovery))
+    return {label: interval(found) for label, found in rho.items()}
+
+
+# ---------------------------------------------------------------------------------------------- Markdown
+
+
+def shown(x: dict | None, most: int) -> str:
+    """mean [low, high], and its number of folds where it is not the row's."""
     if not x:
         return "-"
-    interval = f" [{x['low']:.1f}, {x['high']:.1f}]" if x["folds"] > 1 else ""
-    return f"{x['mean']:.1f}{interval} n={x['folds']}"
+    digits = 1 if abs(x["mean"]) >= 1 or x["mean"] == 0 else 3
+    ends = "" if x["low"] is None else f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]"
+    return f"{x['mean']:.{digits}f}{ends}" + (f" n={x['folds']}" if x["folds"] != most else "")
 
 
-def as_markdown(result: dict) -> str:
-    names = list(dict.fromkeys(name for row in result["rows"].values() for name in row if name != "minus gd"))
-    lines = [["forget sets n", *names]]
-    for row, found in result["rows"].items():
-        lines.append([row, *(shown(found.get(name)) for name in names)])
-        if found["minus gd"]:
-            lines.append([f"{row}, minus gd", *(shown(found["minus gd"].get(name)) for name in names)])
-    return markdown(lines)
+def show(table: dict, only: list[str] | None, minus: str) -> str:
+    """Two Markdown tables: the means, and the paired differences to the row `minus`. `only`: these columns."""
+    rows = table["rows"]
+    names = [name for name in dict.fromkeys(name for row in rows.values() for name in row)
+             if not name.startswith("minus ")]
+    for name in only or ():
+        if name not in names:
+            refuse(f"--columns: found {name!r}, expected some of {', '.join(names)}")
+    names, key = only or names, f"minus {minus}"
+    means, less = [["row", "folds", *names]], [[f"{key}, paired", "folds", *names]]
+    for row, columns in rows.items():
+        for lines, found in ((means, columns), (less, columns.get(key))):
+            if found:
+                most = found["FS"]["folds"]
+                lines.append([row, str(most), *(shown(found.get(name), most) for name in names)])
+    rank = [f"rank correlation of D- - D+ with {label}: {shown(x, 0)}" for label, x in table["rank"].items()]
+    return "\n\n".join([markdown(means), *([markdown(less)] if less[1:] else []), *rank])
 
 
-def make(flags: list[str], name: str, file: Path) -> None:
-    """Runs or resumes one run, keeps its result.json as `file`, and frees the disk of its weights."""
-    folder = ROOT / "runs" / name
-    begun = ["--resume", str(folder)] if (folder / "settings.json").is_file() else [*flags, "--name", name]
-    if not (folder / "result.json").is_file():
-        subprocess.run([sys.executable, "ssiuu.py", *begun], cwd=ROOT, check=True)
-    write_json(file, read_json(folder / "result.json"))
-    shutil.rmtree(folder)
+# -------------------------------------------------------------------------------------- the command line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.error = refuse
-    parser.add_argument("table", choices=TABLES, help="which table")
-    parser.add_argument("--folds", nargs="+", type=int, default=[*range(1, 11)], help="forget sets (1 to 10)")
-    parser.add_argument("--rows", nargs="+", choices=TINY, default=list(TINY), help="rows to make (all)")
-    parser.add_argument("--steps", type=int, default=300, help="at most so many steps a run (300)")
-    parser.add_argument("--print", action="store_true", help="only print the committed table")
+    parser.add_argument("table", choices=TABLES, help="which table, a folder beside this script")
+    parser.add_argument("--folds", nargs="+", type=int, metavar="K", help="make these forget sets (the table's)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="make these rows (all)")
+    parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="print these columns (all)")
+    parser.add_argument("--minus", default="gd", help="print paired differences to this row (gd)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core (1)")
+    parser.add_argument("--print", action="store_true", help="print the table that is there, run nothing")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     s = parser.parse_args()
-    folder = ROOT / "data/results" / s.table
-    if s.print:
-        return print(as_markdown(read_json(folder / "table.json")))
-    for k in s.folds:
-        for row in s.rows:
-            file = folder / "runs" / f"{row} fold={k}.json"
-            if not file.is_file():
-                flags = [*TABLES[s.table][row].split(), "--fold", str(k), "--steps", str(s.steps)]
-                make(flags, f"{s.table} {row} fold={k}", file)
-    runs = {}
-    for row in TABLES[s.table]:
-        files = sorted((folder / "runs").glob(f"{row} fold=*.json"))
-        if files:
-            runs[row] = {int(f.stem.partition("fold=")[2]): columns(read_json(f)) for f in files}
-    write_json(folder / "table.json", table(runs))
-    print(as_markdown(table(runs)))
+    rows, file, failed = TABLES[s.table].rows, HERE / s.table / "table.json", []
+    for row in s.rows or ():
+        if row not in rows:
+            refuse(f"--rows: found {row!r}, expected some of {', '.join(map(repr, rows))}")
+    if s.jobs < 1 or min(s.folds or [0]) < 0:
+        refuse(f"--jobs, --folds: found {s.jobs} and {s.folds}, expected 1 or more, and 0 or more")
+    if not s.print:
+        failed = make_all(s.table, s.rows or list(rows), s.folds or list(TABLES[s.table].folds), s.jobs)
+        write_json(file, summarise(read_runs(s.table)))
+    print(show(read_json(file), s.columns, s.minus))
+    if failed:
+        refuse(f"{len(failed)} runs failed, {', '.join(failed):.200}; the same command tries them again")
 
 
 if __name__ == "__main__":
