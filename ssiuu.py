@@ -53,37 +53,30 @@ from torch.nn.functional import logsigmoid
 
 Tensors = list[Tensor]
 
-
 def attribution(P: Tensor, phi: Tensors, hessian: bool = True) -> Tensors:
     """A = phi dP/dphi, each scalar parameter's attribution to P (Eq. 12; Alg. 1 l.5), with its graph.
 
-    P, a scalar: the sum of P(y|x) over b. Its graph has to be twice differentiable: attention written out,
-    since fused kernels have no second derivative. `hessian=False` takes g as a constant: Eq. 13 without its
-    second term.
+    P, a scalar: the sum of P(y|x) over b, twice differentiable: attention written out, since fused kernels
+    have no second derivative. `hessian=False` takes g as a constant: Eq. 13 without its second term.
     """
     g = torch.autograd.grad(P, phi, create_graph=hessian, retain_graph=True)
     return [p * g_p for p, g_p in zip(phi, g)]                                                   # Eq. 12
-
 
 def negative(A: Tensors) -> Tensors:
     """I^-, the parameters with negative attribution, as bool masks (Alg. 1 l.10)."""
     return [a < 0 for a in A]
 
-
 def change(a: Tensor, a_prev: Tensor, i: Tensor) -> Tensor:
     """Delta of one tensor of parameters: its attribution's change on I^-, 0 elsewhere (Eq. 7)."""
     return (a - a_prev) * i
-
 
 def ssiuu_loss(A: Tensors, A_prev: Tensors, I_neg: Tensors) -> Tensor:  # -> ()
     """L_SSIUU, the squared change of negative attribution (Eq. 6; Alg. 1 l.11). A_prev, I_neg: constants."""
     return sum(change(*x).square().sum() for x in zip(A, A_prev, I_neg))
 
-
 def weights(A: Tensors, A_prev: Tensors, I_neg: Tensors, lam: float) -> Tensors:
     """w = lam dL_SSIUU/dA = 2 lam Delta, for constant A (Eq. 10)."""
     return [2 * lam * change(*x) for x in zip(A, A_prev, I_neg)]
-
 
 def descend(L: Tensor, A: Tensors, w: Tensors | None) -> None:
     """Adds the gradient of J = L + lam L_SSIUU to each .grad (Eq. 8; Alg. 1 l.13).
@@ -97,22 +90,17 @@ def descend(L: Tensor, A: Tensors, w: Tensors | None) -> None:
     else:
         torch.autograd.backward([L, *A], [torch.ones_like(L), *w])
 
-
 def ga_loss(logp_f: Tensor) -> Tensor:  # (B,) -> ()
     """Gradient ascent on the negative log-likelihood of the forget set (C.2 (1); Jang et al. 2022)."""
     return logp_f.mean()
 
-
 def retain_loss(logp_r: Tensor) -> Tensor:  # (B,) -> ()
-    """The auxiliary retention loss: negative log-likelihood of the retain set, nats a sequence (C.2 (2) to
-    (4))."""
+    """The auxiliary loss: negative log-likelihood of the retain set, nats a sequence (C.2 (2) to (4))."""
     return -logp_r.mean()
-
 
 def gd_loss(logp_f: Tensor, logp_r: Tensor) -> Tensor:  # (B,), (B',) -> ()
     """Gradient difference: forget by ascent, retain by descent (Alg. 1 l.4; C.2 (2); Maini et al. 2024)."""
     return ga_loss(logp_f) + retain_loss(logp_r)
-
 
 def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float) -> Tensor:
     """-2/beta log sigmoid(beta (log pi_w/ref_w - log pi_l/ref_l)) (C.2 (3); Rafailov et al. 2023).
@@ -122,42 +110,34 @@ def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta:
     """
     return -2 / beta * logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l))).mean()
 
-
 def npo_loss(logp_f: Tensor, ref_f: Tensor, beta: float) -> Tensor:  # (B,), (B,) -> ()
     """DPO without the winner: -2/beta log sigmoid(-beta log pi/ref), (C.2 (4); Zhang et al. 2024)."""
     return -2 / beta * logsigmoid(-beta * (logp_f - ref_f)).mean()
 
-
 def rmu_loss(h_f: Tensor, h_r: Tensor, h_r0: Tensor, u: Tensor, c: float, alpha: float) -> Tensor:
-    """Steers forget states to c u, keeps retain states (C.2 (5); Li et al. 2024). (N, D), (N', D) twice, (D,)
-    -> ().
+    """Steers forget states to c u, keeps retain states (C.2 (5); Li et al. 2024).
 
-    Rows are real tokens, prompt and answer; the published code counts padding too. h_r0: before unlearning.
+    h_f (N, D), h_r and h_r0 (before unlearning) (N', D), u (D,). Rows are real tokens, prompt and answer; the
+    published code counts padding too.
     """
     return (h_f - c * u).square().mean() + alpha * (h_r - h_r0).square().mean()
 
-
 def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:  # (n,), (N, n) -> (n,) bool
-    """The `share` of neurons that hold the facts (C.2 (6); Yang et al. 2025, reconstructed: no code was
-    published).
+    """The `share` of neurons that hold the facts (C.2 (6); Yang et al. 2025; no code was published).
 
-    A: attribution of each neuron (Eq. 1, max over tokens, mean over C_f). A_wrong: the same for N questions
-    that do not belong to the answer: what is positive there is superficial knowledge and counts alpha times
-    against it.
+    A: each neuron's attribution (Eq. 1, max over tokens, mean over C_f). A_wrong: the same for N questions
+    that do not belong to the answer: what is positive there is superficial, counts alpha times against it.
     """
     score = A - alpha * A_wrong.clamp(min=0).mean(0)
     chosen = score.topk(round(share * len(score))).indices
     return torch.zeros_like(score, dtype=torch.bool).index_fill_(0, chosen, True)
 
-
 # ================================================================================================ to here
-
 
 REFUSAL = "I can't answer the question."  # C.2 (3)
 METHODS = ("ssiuu", "ga", "gd", "dpo", "npo", "rmu", "klue", "random")
 RMU_C, KLUE_ALPHA, KLUE_N = 20.0, 10.0, 5  # C.2 (5), (6)
 Row = tuple[list[int], list[bool]]  # one encoded (x, y) of data.encode
-
 
 @dataclass
 class Settings(Scored):
@@ -171,9 +151,9 @@ class Settings(Scored):
     micro_batch: Count | None = None      # sequences in one graph: less memory, the same result (not RMU)
     per_example: bool = False             # square A per (x, y) as Eq. 6, not its sum over b as Alg. 1 l.11
     anchor: Literal["previous", "initial"] = "previous"  # A_prev: last step (Eq. 3) or first (Section 1)
-    target: Literal["prob", "logprob"] = "prob"  # P: prob (Eq. 12), or logprob, which does not vanish with P
+    target: Literal["prob", "logprob", "weights"] = "prob"  # P (Eq. 12); log P does not vanish; weights: L2
     scope: Literal["all", "linear"] = "all"  # penalised: every parameter (Eq. 12), or q k v o gate up down
-    penalise: Literal["negative", "positive", "all", "random", "weights"] = "negative"  # I^-; else a control
+    penalise: Literal["negative", "positive", "all", "random"] = "negative"  # I^-, or a control of the sign
     first_order: bool = False             # leave the Hessian out of Eq. 13 and 14
     beta: Positive = 0.1                  # of DPO and NPO (C.2 (4): searched in 0.1 to 0.5)
     rmu_alpha: Positive = 100.0           # weight of RMU's retain term (C.2 (5): 20 to 300)
@@ -184,11 +164,9 @@ class Settings(Scored):
     name: str | None = None               # results go to runs/<name>; <method>-<model>
     resume: str | None = None             # continue the run in this folder
 
-
 @dataclass
 class State:
-    """What Algorithm 1 carries from step to step, beside the weights, and what a method took from the
-    original ones."""
+    """What Algorithm 1 carries from step to step beside the weights, and what it took from the first ones."""
     optimizer: torch.optim.Optimizer
     loss: Callable[[Tensor, list[int]], Tensor]  # the forget term of (log P(y|x) of items, indices in C_f)
     masks: Tensors | None = None                 # KLUE: which rows of a weight may move
@@ -196,15 +174,12 @@ class State:
     t: int = 0
     A_prev: dict[int, Tensors] = field(default_factory=dict)  # {0: A of b}, or {index in C_f: A of (x, y)}
 
-
 class Part(NamedTuple):
-    """A micro-batch. `key`: whose A it belongs to, 0 for the batch's (Alg. 1), the item's with
-    --per-example."""
+    """A micro-batch. `key`: whose A it adds to, 0 for the batch's (Alg. 1), the item's with --per-example."""
     items: list[int]
     batch: Batch
     share: float  # of the batch
     key: int
-
 
 def parts_of(rows: list[Row], items: list[int], size: int | None, device, each: bool = False) -> list[Part]:
     size = 1 if each else size or len(items)
@@ -214,18 +189,14 @@ def parts_of(rows: list[Row], items: list[int], size: int | None, device, each: 
         parts.append(Part(part, batch, len(part) / len(items), part[0] if each else 0))
     return parts
 
-
 # ---------------------------------------------------------------------------------------- the baselines
-
 
 def backbone_of(s: Settings) -> str:
     """The unlearning loss: a baseline's own, or the one under SSIUU's penalty."""
     return s.backbone if s.method == "ssiuu" else s.method
 
-
 def trained(model: LM, method: str) -> dict[str, nn.Parameter]:
-    """The parameters a method updates, selected by name: by index RMU would train o_proj in Qwen2, which has
-    biases."""
+    """What a method updates, by name: by index RMU would train o_proj in Qwen2, which has biases."""
     layer = rmu_layer(model)
     if method == "rmu":
         names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(max(0, layer - 2), layer + 1)]
@@ -235,15 +206,12 @@ def trained(model: LM, method: str) -> dict[str, nn.Parameter]:
         names = [name for name, _ in model.named_parameters()]
     return {name: model.get_parameter(name) for name in names}
 
-
 def rmu_layer(model: LM) -> int:
     """l, counted from 0: 7 (C.2 (5)), or the middle of a model that has fewer than 8 blocks."""
     return 7 if len(model.model.layers) > 7 else len(model.model.layers) // 2
 
-
 def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> State:
-    """The state before step 1, from the original weights; a resumed run makes it again, then loads the
-    rest."""
+    """The state before step 1, from the original weights; a resumed run makes it too, then loads the rest."""
     parameters = trained(model, s.method)
     model.requires_grad_(False)
     for p in parameters.values():
@@ -262,11 +230,9 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
         state.masks = [rows[:, None] for rows in mask.to(model.device).split(sizes)]
     return state
 
-
 @torch.no_grad()
 def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Callable:
-    """The backbone's loss on forget items; DPO and NPO keep reference numbers, not a second model in
-    memory."""
+    """The backbone's loss on forget items; DPO and NPO keep reference numbers, not a second model."""
     def reference(rows: list[Row]) -> Tensor:  # -> (N,)
         return torch.cat([answer_logprob(model, collate([row], model.device)) for row in rows])
 
@@ -286,10 +252,8 @@ def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings
     ref_w = reference(refusals)
     return dpo
 
-
 def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (n,) bool
-    """KLUE's neurons, in the order of `trained`: outputs of gate, up and down, ranked over all blocks at
-    once."""
+    """KLUE's neurons in the order of `trained`: outputs of gate, up and down, ranked over all blocks."""
     def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # Eq. 1, max over tokens, App. A's clamp
         A = influence(model, [encode(tokenizer, *pair) for pair in pairs], FFN)
         return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()])
@@ -303,13 +267,10 @@ def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -
         wrong.append(attribution_of(pairs))
     return klue_mask(A, torch.stack(wrong), KLUE_ALPHA, s.klue_share)
 
-
 def rmu_step(model: LM, phi: Tensors, b: Batch, b_r: Batch, steer: tuple[Tensor, Tensors], alpha: float
              ) -> tuple[float, Tensors]:
-    """Adds the gradient of RMU's loss to .grad; the frozen model is this one with its old down_proj put back.
-
-    Returns (L, [log P(y|x) of b]).
-    """
+    """Adds the gradient of RMU's loss to .grad: (L, [log P(y|x) of b]). The frozen model is this one with its
+    old down_proj put back."""
     def states(batch: Batch) -> Tensor:  # -> (real tokens, D)
         return model.hidden(batch.ids, blocks=rmu_layer(model) + 1)[batch.real()]
 
@@ -326,55 +287,46 @@ def rmu_step(model: LM, phi: Tensors, b: Batch, b_r: Batch, steer: tuple[Tensor,
     L.backward()
     return L.item(), [logp]
 
-
 # --------------------------------------------------------------------------------------- Algorithm 1
-
 
 def scope_of(model: LM, scope: str) -> Tensors:
     """phi: every scalar parameter (Eq. 12), or the weights of q, k, v, o, gate, up, down."""
     return [p for name, p in model.named_parameters() if scope == "all" or name.endswith("_proj.weight")]
 
+def P_of(logp: Tensor, target: str, phi: Tensors, share: float) -> Tensor:  # (B,) -> ()
+    """P of a part of b, or what stands for it; a sum of weights has A = phi: plain L2."""
+    if target == "weights":
+        return share * sum(p.sum() for p in phi)
+    return logp.sum() if target == "logprob" else logp.exp().sum()
 
-def attributed(logp: Tensor, phi: Tensors, s: Settings, share: float, hessian: bool) -> Tensors:  # (B,)
-    """A of a part of b (Alg. 1 l.5); in the control `weights` its share of phi itself, plain L2 on the step."""
-    if s.penalise == "weights":
-        return [share * p for p in phi]
-    return attribution((logp if s.target == "logprob" else logp.exp()).sum(), phi, hessian)
-
-
-def penalised(A: Tensors, which: str, seed: int) -> Tensors:
-    """I^- (Alg. 1 l.10), or what stands for it in a control: I^+, a fixed random half, all parameters."""
+def signed(A: Tensors, which: str, seed: int) -> Tensors:
+    """A, of which the negative is penalised (Alg. 1 l.10); in the controls -A, a fixed random half, all."""
     if which in ("negative", "positive"):
-        return negative(A if which == "negative" else [-a for a in A])
-    draw = torch.Generator().manual_seed(seed)
-    return [(torch.rand(a.shape, generator=draw) < (0.5 if which == "random" else 1)).to(a.device) for a in A]
-
+        return A if which == "negative" else [-a for a in A]
+    draw, below = torch.Generator().manual_seed(seed), 0.5 if which == "random" else 1
+    return [(torch.rand(a.shape, generator=draw) - below).to(a.device) for a in A]
 
 class Graph(NamedTuple):
-    """Of one part of b, from one forward pass: its share of L and its A, with their graph, and log P(y|x)
-    without."""
+    """Of a part of b, by one forward pass: its share of L and its A with their graph, log P without."""
     L: Tensor
     A: Tensors
     logp: Tensor
 
-
 def forget_graph(model: LM, part: Part, phi: Tensors, state: State, s: Settings) -> Graph:
     logp = answer_logprob(model, part.batch)                                                     # (B,)
     L = part.share * state.loss(logp, part.items)                                                # Alg. 1 l.4
-    A = attributed(logp, phi, s, part.share, not s.first_order) if phi else []                   # l.5
+    P = P_of(logp, s.target, phi, part.share)
+    A = attribution(P, phi, not s.first_order) if phi else []                                    # l.5
     return Graph(L, A, logp.detach())
 
-
 def batch_attribution(model: LM, b: list[Part], one: Graph | None, phi: Tensors, s: Settings) -> dict:
-    """{key: A summed over its parts, as constants} (Alg. 1 l.5). `one`: the graph of the only part, where
-    there is."""
+    """{key: A summed over its parts, as constants} (Alg. 1 l.5). `one`: the graph of an only part."""
     A = {}
     for part in b:
-        graph = one.A if one else attributed(answer_logprob(model, part.batch), phi, s, part.share, False)
-        constant = [a.detach() for a in graph]
+        P = None if one else P_of(answer_logprob(model, part.batch), s.target, phi, part.share)
+        constant = [a.detach() for a in (one.A if one else attribution(P, phi, hessian=False))]
         A[part.key] = [x.add_(a) for x, a in zip(A[part.key], constant)] if part.key in A else constant
     return A
-
 
 def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Example], s: Settings,
             state: State) -> Iterator[dict]:
@@ -403,7 +355,8 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             b, b_r = [], []
         one = forget_graph(model, b[0], phi, state, s) if len(b) == 1 else None                  # l.4
         A = batch_attribution(model, b, one, phi, s) if phi else {}                              # l.5
-        I_neg = penalised([reduce(torch.add, a) for a in zip(*A.values())], s.penalise, s.seed)  # l.10
+        total = [reduce(torch.add, a) for a in zip(*A.values())]
+        I_neg = negative(signed(total, s.penalise, s.seed))                                      # l.10
         for key in [key for key in A if key in state.A_prev]:                                    # l.7: t > 1
             L_ssiuu += ssiuu_loss(A[key], state.A_prev[key], I_neg).item()                       # l.11
             w[key] = weights(A[key], state.A_prev[key], I_neg, s.lam)                            # Eq. 10
@@ -434,31 +387,24 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         if reached(FS, s.tau):                                                                   # Section 6.1
             return
 
-
 def share_of(masks: Tensors) -> float:
     return sum(i.sum().item() for i in masks) / sum(i.numel() for i in masks)
 
-
 def check_finite(record: dict, learning: Tensors, s: Settings) -> None:
-    """A model of NaN answers nothing and would pass for unlearned, so the gradient is checked, not the loss
-    alone."""
+    """A model of NaN answers nothing and would pass for unlearned: the gradient is checked, not L alone."""
     record["grad"] = torch.nn.utils.get_total_norm([p.grad for p in learning]).item()
     if not all(math.isfinite(x) for x in record.values()):
         raise FloatingPointError(f"L is {record['L']:.3g}, its gradient's norm {record['grad']:.3g}, "
                                  f"expected finite numbers: lower --lr {s.lr:g} or --lam {s.lam:g}")
 
-
 def reached(FS: float, tau: float) -> bool:
     """FS, in percent with two decimals, is at the threshold or below."""
     return FS <= round(100 * tau, 2)
 
-
 # ------------------------------------------------------------------------------------------- the experiment
 
-
 def state_tensors(model: LM, state: State) -> dict[str, Tensor]:
-    """What the next step needs, by name: weights, Adam's moments, A_prev (without it a step loses its
-    penalty)."""
+    """What the next step needs, by name: weights, Adam's moments, A_prev (or a step loses its penalty)."""
     tensors = {f"model {name}": w for name, w in model.named_parameters()}
     for i, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"adam {i} {key}": x for key, x in moments.items()}
@@ -466,10 +412,8 @@ def state_tensors(model: LM, state: State) -> dict[str, Tensor]:
         tensors |= {f"A_prev {key} {i}": a for i, a in enumerate(A)}
     return tensors
 
-
 def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
-    """Puts a saved state into `model` and `state`. ValueError unless it has just the tensors that belong
-    there."""
+    """Puts a saved state into `model` and `state`. ValueError unless it has just the tensors of this run."""
     with safe_open(path, "pt", device=str(model.device)) as file:
         found, t = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("t", "")
     if s.method == "ssiuu":
@@ -490,14 +434,12 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     for name, x in expected.items():
         x.data.copy_(found[name])
 
-
 @dataclass
 class Record:
     """A line of log.jsonl, as far as a resumed run reads it."""
     kind: Literal["before", "step", "after", "harmful", "benign", "quantise"]
     t: Count | None = None
     FS: dict | float | tuple[float, ...] | None = None
-
 
 def read_log(path: Path) -> list[dict]:
     """The records of log.jsonl; a last line that a kill cut short is dropped."""
@@ -509,17 +451,14 @@ def read_log(path: Path) -> list[dict]:
         fill(Record, record if isinstance(record, dict) else {}, f"{path} line {i}", ignore=True)
     return log
 
-
 def note(folder: Path, log: list[dict], record: dict) -> dict:
     log.append(record)
     with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     return record
 
-
 def new_folder(s: Settings) -> Path:
-    """runs/<name>, taken by making it; the default name counts up where it is taken, a chosen one must be
-    free."""
+    """runs/<name>, taken by making it. Where it is taken a default name counts up, a chosen one ends."""
     name = s.name or f"{s.method}-{Path(s.model).name}"
     if Path(name).name != name or name == "..":
         refuse(f"--name: found {name!r}, expected the name of one folder, without a path")
@@ -531,7 +470,6 @@ def new_folder(s: Settings) -> Path:
         except FileExistsError:
             pass
     refuse(f"--name: found {name!r}, expected a new name, or --resume runs/{name}")
-
 
 @contextmanager
 def held(folder: Path, new: bool) -> Iterator[None]:
@@ -551,7 +489,6 @@ def held(folder: Path, new: bool) -> Iterator[None]:
                 (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
             raise
 
-
 def identity(model: LM, tokenizer: Tokenizer, **data) -> dict[str, str]:
     """SHA-256 of what a run is made of: a resumed one must meet the same."""
     weights = hashlib.sha256()
@@ -563,7 +500,6 @@ def identity(model: LM, tokenizer: Tokenizer, **data) -> dict[str, str]:
         found[name] = hashlib.sha256(repr(value).encode()).hexdigest()
     return found
 
-
 def provenance() -> dict:
     """What made a result: the commit, the versions, the machine."""
     try:
@@ -574,12 +510,9 @@ def provenance() -> dict:
     return {"commit": git or None, "torch": torch.__version__, "python": platform.python_version(),
             "machine": platform.machine(), "threads": torch.get_num_threads()}
 
-
 def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Path, log: list[dict]) -> dict:
-    """Runs or resumes Algorithm 1: a progress line and a log record a step, a state every `save_every` steps.
-
-    Returns the last step's record.
-    """
+    """Runs or resumes Algorithm 1: a progress line and a record a step, a state every `save_every` steps.
+    Returns the last record."""
     state, start, path = begin(model, tokenizer, sets[0], s), time.time(), folder / "state.safetensors"
     if path.is_file():
         load_state(path, model, state, s)
@@ -601,11 +534,9 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     save(model, tokenizer, folder)
     return log[-1]
 
-
 def robustness(model: LM, tokenizer: Tokenizer, C_f: list[Example], instructions: list[Example],
                s: attack.Settings, folder: Path, log: list[dict]) -> dict:
-    """Section 6.2.2 on the unlearned model; each cell is printed and logged as it ends, one in the log is not
-    run."""
+    """Section 6.2.2 on the unlearned model; a cell is printed and logged as it ends, a logged one not run."""
     known, start = [r for r in log if r["kind"] in ("harmful", "benign")], time.time()
 
     def report(label: str, c: dict) -> None:
@@ -620,7 +551,6 @@ def robustness(model: LM, tokenizer: Tokenizer, C_f: list[Example], instructions
     pool = attack.falsely_answered(model, tokenizer, C_f, s.eval_batch)
     return attack.attacks(model, tokenizer, pool, instructions, s, report, known)
 
-
 def table(rows: dict[str, dict]) -> str:
     """Table 1: percent, [95 % interval], n; a dash where nothing was run."""
     columns = dict.fromkeys(key for row in rows.values() for key in row.get("attacks", {}))
@@ -629,10 +559,8 @@ def table(rows: dict[str, dict]) -> str:
               *(cell(row.get("attacks", {}).get(key)) for key in columns)] for name, row in rows.items()]
     return markdown([head, *lines])
 
-
 FREE = {"steps", "device", "eval_batch", "micro_batch", "save_every", "no_attack", "traceback", "name",
         "resume"}
-
 
 def begun(folder: Path, record: dict[str, dict]) -> None:
     """Writes settings.json, or refuses what a resumed run would change in it, but for FREE."""
@@ -643,7 +571,6 @@ def begun(folder: Path, record: dict[str, dict]) -> None:
             if key not in FREE and was != found:
                 raise ValueError(f"{file}: {part} {key}: found {found!r:.60}, expected {was!r:.60}")
     write_json(file, record)
-
 
 def experiment(s: Settings, folder: Path) -> dict:
     """Score, unlearn, score, attack; what is finished lies on disk and is not done again."""
@@ -685,7 +612,6 @@ def experiment(s: Settings, folder: Path) -> dict:
     write_json(folder / "result.json", result)
     return result
 
-
 def main() -> None:
     s = read_flags(Settings, __doc__)
     folder = Path(s.resume) if s.resume else new_folder(s)
@@ -695,7 +621,6 @@ def main() -> None:
         result = experiment(s, folder)
     rows = {"Default": result["before"], s.method: {**result["after"], "attacks": result["attacks"]}}
     print(f"\n{table(rows)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
-
 
 if __name__ == "__main__":
     run(main)

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 for folder in ("data", "data/results"):
     sys.path.insert(0, str(ROOT / folder))
 
+import attack  # noqa: E402
 import bench  # noqa: E402
 import ssiuu  # noqa: E402
 import tables  # noqa: E402
@@ -25,51 +26,105 @@ def test_the_interval_is_students():
     assert tables.interval([3.0]) == {"mean": 3.0, "low": None, "high": None, "folds": 1}
 
 
-def result(FS, back):
-    return {"after": {"FS": {"percent": FS}, "RS": {"percent": 50.0}, "steps": 7, "reached": True},
-            "attacks": {"Harmful p = 0.1": {"percent": back, "margin_max": -1.0}, "Benign": {"why": "none"}}}
+def attacks(back):
+    return {"Harmful p = 0.1": {"percent": back, "margin_max": -1.0}, "Benign": {"why": "none is left"}}
+
+
+def kept(row, back, hidden=0.5, name="tiny"):
+    t = tables.TABLES[name]
+    return {"flags": {"model": t.model, "steps": t.steps, "ssiuu.py": t.rows[row], "attack.py": t.attack},
+            "before": {"FS": {"percent": 100.0}}, "commit": "abc", "attacks": attacks(back),
+            "after": {"FS": {"percent": 30.0}, "RS": {"percent": 50.0}, "steps": 7, "reached": True},
+            "analysis": {"D_pos": [0.1, 0, 1], "D_neg": [hidden, 0, 1], "share": [0.5, 0, 1], "lens": [
+                {"percent": 20.0}], "P": 0.1}}
+
+
+def print_table(monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "tiny", *flags])
+    tables.main()
+    return capsys.readouterr().out
 
 
 def test_differences_are_paired_by_fold_and_the_command_prints_what_it_wrote(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "HERE", tmp_path)
     made = {"gd": {1: 20.0, 2: 10.0, 3: 60.0}, "npo": {1: 14.0, 2: 6.0}}
     for row, folds in made.items():
         for k, back in folds.items():
-            tables.write_json(tmp_path / f"data/results/tiny/runs/{row} fold={k}.json", result(30.0, back))
-    monkeypatch.setattr(tables, "make", lambda *args: pytest.fail("a finished run was made again"))
-    monkeypatch.setattr(sys, "argv", ["tables.py", "tiny", "--folds", "1", "2", "--rows", "gd", "npo"])
-    tables.main()
-    rows = json.loads((tmp_path / "data/results/tiny/table.json").read_text())["rows"]
+            tables.write_json(tmp_path / f"tiny/runs/{row} fold={k}.json", kept(row, back))
+    monkeypatch.setattr(tables, "command", lambda *words: pytest.fail("a finished run was made again"))
+    wrote = print_table(monkeypatch, capsys, "--folds", "1", "2", "--rows", "gd", "npo")
+    rows = json.loads((tmp_path / "tiny/table.json").read_text())["rows"]
     assert rows["gd"]["Harmful p = 0.1"]["mean"] == 30 and rows["gd"]["Harmful p = 0.1"]["folds"] == 3
     difference = rows["npo"]["minus gd"]["Harmful p = 0.1"]
-    assert difference["mean"] == -5 and difference["folds"] == 2 and difference["high"] == pytest.approx(-5 + 12.706)
+    assert difference["mean"] == -5 and difference["folds"] == 2
+    assert difference["high"] == pytest.approx(-5 + 12.706)
     assert "Benign" not in rows["npo"] and rows["npo"]["reached"]["mean"] == 100
-    wrote = capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["tables.py", "tiny", "--print"])
-    tables.main()
-    assert capsys.readouterr().out == wrote and "| npo, minus gd | " in wrote
+    assert print_table(monkeypatch, capsys, "--print") == wrote and "minus gd, paired" in wrote
+    assert "RS" not in print_table(monkeypatch, capsys, "--print", "--columns", "FS")
+    with pytest.raises(ValueError, match="--columns: found 'XS', expected some of FS"):
+        print_table(monkeypatch, capsys, "--print", "--columns", "XS")
+    with pytest.raises(ValueError, match="1 runs failed"):  # other settings than the table's have to be removed
+        tables.write_json(tmp_path / "tiny/runs/gd fold=1.json", kept("npo", 1.0))
+        print_table(monkeypatch, capsys, "--folds", "1", "--rows", "gd")
 
 
-def test_a_missing_run_is_made_and_a_begun_one_resumed(tmp_path, monkeypatch):
+def test_a_run_is_made_or_resumed_looked_into_attacked_and_its_weights_go(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    called = []
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    called, after = [], kept("gd", 1.0)["after"]
 
-    def command(words, cwd, check):
-        called.append(words[2:])
-        tables.write_json(tmp_path / "runs/x/result.json", result(30.0, 1.0))
+    def command(script, *words):
+        called.append((script, *words))
+        folder = next(tmp_path / word for word in words if word.startswith("runs/")) if "--name" not in words else (
+            tmp_path / "runs" / words[words.index("--name") + 1])
+        if script == "ssiuu.py":
+            tables.write_json(folder / "result.json", {"before": {}, "after": after, "seconds": 1, "other": 2})
+        if "--before" in words:
+            found = kept("gd", 1.0)["analysis"]
+            seen = {key: found[key] for key in ("D_pos", "D_neg", "share")}
+            tables.write_json(folder / "analysis.json", {"variation": seen | {"curves": []}, "checkpoints": {
+                "after": {"lens": found["lens"], "P": 0.1}}})
+        lines = [{"attack": name, "kind": "summary", **x} for name, x in attacks(4.0).items()]
+        return "\n".join(map(json.dumps, [{"kind": "harmful"}, *lines])) if script == "attack.py" else json.dumps(
+            {"FS": {"percent": 35.0}, "RS": {"percent": 99.0}})
 
-    monkeypatch.setattr(tables.subprocess, "run", command)
-    tables.make(["--lam", "0.1"], "x", tmp_path / "a.json")
-    (tmp_path / "runs/x").mkdir()
-    (tmp_path / "runs/x/settings.json").write_text("{}")
-    tables.make(["--lam", "0.1"], "x", tmp_path / "b.json")
-    assert called == [["--lam", "0.1", "--name", "x"], ["--resume", str(tmp_path / "runs/x")]]
-    assert json.loads((tmp_path / "b.json").read_text()) == result(30.0, 1.0) and not (tmp_path / "runs/x").exists()
+    monkeypatch.setattr(tables, "command", command)
+    result = tables.make("tiny", "gd", 3)
+    assert [words[0] for words in called] == ["ssiuu.py", "evaluate.py", "attack.py"]
+    assert {"--name", "--method", "--no-attack"} <= {*called[0]} and not (tmp_path / "runs/tiny gd fold=3").exists()
+    assert result["attacks"]["Harmful p = 0.1"]["percent"] == 4 and "curves" not in result["analysis"]
+    assert json.loads((tmp_path / "tiny/runs/gd fold=3.json").read_text()) == result
+    (tmp_path / "runs/tiny gd fold=4").mkdir()
+    (tmp_path / "runs/tiny gd fold=4/settings.json").write_text("{}")
+    tables.make("tiny", "gd", 4)
+    assert "--resume" in called[3] and "--name" not in called[3]
+    never = tables.make("tiny", "never taught", 4)
+    assert called[6][:2] == ("data/make_tiny.py", "runs/tiny never taught fold=4") and "--without" in called[6]
+    assert never["after"]["FS"]["percent"] == 35
 
 
-def test_every_row_is_a_valid_command():
-    for flags in tables.TINY.values():
-        assert ssiuu.read_flags(ssiuu.Settings, "doc", [*flags.split(), "--fold", "1", "--steps", "300"]).steps == 300
+def test_a_command_that_fails_gives_its_error_line():
+    with pytest.raises(RuntimeError, match="error: --lr: found"):
+        tables.command("ssiuu.py", "--lr", "two")
+
+
+def test_the_rank_correlation_is_spearmans_with_shared_ranks():
+    assert tables.ranks([3.0, 1.0, 3.0, 0.0]) == [3.5, 2.0, 3.5, 1.0]
+    values = {row: {1: {"D_neg": hidden, "D_pos": 0.0, "Benign": back}} for row, hidden, back in [
+        ("a", 1.0, 5.0), ("b", 2.0, 6.0), ("c", 3.0, 7.0), ("d", 4.0, 8.0), ("never taught", 9.0, 0.0)]}
+    assert tables.ranking(values)["Benign"]["mean"] == pytest.approx(1)
+    values["d"][1]["Benign"] = 0.0  # ranks 2 3 4 1 against 1 2 3 4: rho = 1 - 6 * 12 / 60
+    assert tables.ranking(values)["Benign"]["mean"] == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_every_row_is_a_valid_command(name):
+    t = tables.TABLES[name]
+    for flags in t.rows.values():
+        if flags is not None:
+            assert ssiuu.read_flags(ssiuu.Settings, "doc", [*flags.split(), "--steps", "300"]).steps == 300
+    if t.attack:
+        assert attack.read_flags(attack.Settings, "doc", t.attack.split()).attack_draws == 1
 
 
 def test_the_benchmark_prints_a_line_a_step(tmp_path, monkeypatch, capsys):

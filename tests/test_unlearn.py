@@ -47,8 +47,7 @@ class Literal:
         return logp.mean()
 
     def penalised(self, A):
-        return {"negative": A < 0, "positive": A > 0, "all": torch.ones_like(A), "weights": torch.ones_like(A)}[
-            self.s.penalise].bool()
+        return {"negative": A < 0, "positive": A > 0, "all": torch.ones_like(A).bool()}[self.s.penalise]
 
     def gradient(self, model, b_r):
         s, everything = self.s, list(model.parameters())
@@ -59,7 +58,7 @@ class Literal:
         sums = list(value) if s.per_example else [value.sum()]
         gs = [torch.autograd.grad(P, phi, create_graph=True) for P in sums]
         A = [[p * (g.detach() if s.first_order else g) for p, g in zip(phi, each)] for each in gs]
-        A = [phi] if s.penalise == "weights" else A
+        A = [phi] if s.target == "weights" else A
         J = self.backbone(model, logp)
         if "ga" not in (s.backbone, s.method):
             J = J - answer_logprob(model, collate([self.rows_r[i] for i in b_r])).mean()
@@ -112,17 +111,17 @@ def test_every_backbone_with_and_without_the_penalty(method, backbone, micro, mo
     assert len(records) == 3 and (method != "ssiuu" or records[2]["L_SSIUU"] > 0)
 
 
-@pytest.mark.parametrize("penalise", ["positive", "all", "weights"])
+@pytest.mark.parametrize("penalise, target", [("positive", "prob"), ("all", "prob"), ("all", "weights")])
 @pytest.mark.parametrize("anchor, micro", [("previous", None), ("initial", 2)])
-def test_the_controls_of_the_sign(penalise, anchor, micro, monkeypatch):
-    records = follow(replace(S, penalise=penalise, anchor=anchor, micro_batch=micro), monkeypatch)
-    assert records[2]["L_SSIUU"] > 0 and (records[2]["I_neg"] == 1) == (penalise != "positive")
+def test_the_controls_of_the_sign_and_of_damping(penalise, target, anchor, micro, monkeypatch):
+    records = follow(replace(S, penalise=penalise, target=target, anchor=anchor, micro_batch=micro), monkeypatch)
+    assert records[2]["L_SSIUU"] > 0 and (records[2]["I_neg"] == 1) == (penalise == "all")
 
 
 def test_a_random_half_is_the_same_half_at_every_step():
     A = [torch.randn(40, 50, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-    masks = ssiuu.penalised(A, "random", 7)
-    assert all(map(torch.equal, masks, ssiuu.penalised([-a for a in A], "random", 7)))
+    masks, again = (ssiuu.negative(ssiuu.signed(x, "random", 7)) for x in (A, [-a for a in A]))
+    assert all(map(torch.equal, masks, again))
     assert ssiuu.share_of(masks) == pytest.approx(0.5, abs=0.03) and not torch.equal(*masks)
 
 
