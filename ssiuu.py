@@ -159,6 +159,7 @@ class Settings(Scored):
     rmu_alpha: Positive = 100.0           # weight of RMU's retain term (C.2 (5): 20 to 300)
     klue_share: Share = 0.1               # share of FFN neurons that KLUE updates (C.2 (6))
     no_attack: bool = False               # leave out the attacks; attack.py tunes them
+    offload: bool = False                 # Adam's moments and A_prev wait in host memory: less on the GPU
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast: weights stay float32
     save_every: Count = 10                # steps between resumable states
     name: str | None = None               # results go to runs/<name>; <method>-<model>
@@ -217,6 +218,8 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
     for p in parameters.values():
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters.values(), lr=s.lr, weight_decay=0.0, fused=True)
+    if s.offload:
+        offload_moments(optimizer)
     state = State(optimizer, forget_term(model, tokenizer, C_f, s))
     draw = torch.Generator().manual_seed(s.seed)
     if s.method == "rmu":
@@ -328,6 +331,37 @@ def batch_attribution(model: LM, b: list[Part], one: Graph | None, phi: Tensors,
         A[part.key] = [x.add_(a) for x, a in zip(A[part.key], constant)] if part.key in A else constant
     return A
 
+def on(device: torch.device, A: Tensors) -> Tensors:
+    return [a.to(device) for a in A]
+
+def on_host(x: Tensor, room: Tensor | None = None) -> Tensor:
+    """A copy of x in host memory, in `room` if that was given; page-locked where x is on CUDA."""
+    room = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) if room is None else room
+    return room.copy_(x)
+
+def remember(state: State, A: dict[int, Tensors], s: Settings) -> None:
+    """A_prev <- A (Alg. 1 l.12), on the host with --offload; a first A stays with `--anchor initial`."""
+    for key in A if s.anchor == "previous" else A.keys() - state.A_prev.keys():
+        room = state.A_prev.get(key, [None] * len(A[key]))
+        state.A_prev[key] = [on_host(*pair) for pair in zip(A[key], room)] if s.offload else A[key]
+
+def offload_moments(optimizer: torch.optim.Optimizer) -> None:
+    """From now on Adam's moments lie on the host but for the update itself, when no graph is there."""
+    def moments() -> Iterator[tuple]:
+        return ((p, state, key) for p, state in optimizer.state.items() for key in ("exp_avg", "exp_avg_sq"))
+
+    def fetch(*_) -> None:
+        for p, state, key in moments():
+            state[key] = state[key].to(p.device)
+
+    def put_away(*_) -> None:
+        for p, state, key in moments():
+            room[p, key] = state[key] = on_host(state[key], room.get((p, key)))
+
+    room = {}
+    optimizer.register_step_pre_hook(fetch)
+    optimizer.register_step_post_hook(put_away)
+
 def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Example], s: Settings,
             state: State) -> Iterator[dict]:
     """Algorithm 1; yields the numbers of each step, the last one where FS <= tau (Section 6.1).
@@ -358,9 +392,11 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         total = [reduce(torch.add, a) for a in zip(*A.values())]
         I_neg = negative(signed(total, s.penalise, s.seed))                                      # l.10
         for key in [key for key in A if key in state.A_prev]:                                    # l.7: t > 1
-            L_ssiuu += ssiuu_loss(A[key], state.A_prev[key], I_neg).item()                       # l.11
-            w[key] = weights(A[key], state.A_prev[key], I_neg, s.lam)                            # Eq. 10
-        state.A_prev = state.A_prev | A if s.anchor == "previous" else A | state.A_prev          # l.12
+            L_ssiuu += ssiuu_loss(A[key], on(model.device, state.A_prev[key]), I_neg).item()     # l.11
+            w[key] = weights(A[key], on(model.device, state.A_prev[key]), I_neg, s.lam)          # Eq. 10
+        record = {"L_SSIUU": L_ssiuu, "I_neg": share_of(I_neg)} if A else {}
+        remember(state, A, s)                                                                    # l.12
+        A = total = I_neg = None  # what is as large as the weights goes before the graphs are built
         for part in b:
             graph = one or forget_graph(model, part, phi if part.key in w else [], state, s)
             descend(graph.L, graph.A, w.get(part.key))                                           # l.13
@@ -373,11 +409,9 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             L, logp_r = L + L_r.item(), [*logp_r, logp.detach()]
         for p, mask in zip(learning, state.masks or []):
             p.grad *= mask
-        record = {"L": L, "P": torch.cat(logp_f).exp().mean().item()}
+        record |= {"L": L, "P": torch.cat(logp_f).exp().mean().item()}
         if logp_r:
             record["L_GD"] = gd_loss(torch.cat(logp_f), torch.cat(logp_r)).item()
-        if A:
-            record |= {"L_SSIUU": L_ssiuu, "I_neg": share_of(I_neg)}
         check_finite(record, learning, s)
         state.optimizer.step()                                                                   # l.14
         state.optimizer.zero_grad()
@@ -419,7 +453,8 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     if s.method == "ssiuu":
         keys = {name.split()[1] for name in found if name.startswith("A_prev ")} if s.per_example else {"0"}
         phi = scope_of(model, s.scope)
-        state.A_prev = {int(key): [torch.empty_like(p) for p in phi] for key in sorted(keys)}
+        room = on_host if s.offload else torch.empty_like
+        state.A_prev = {int(key): [room(p.detach()) for p in phi] for key in sorted(keys)}
     for group in state.optimizer.param_groups:
         for p in group["params"]:
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -559,8 +594,8 @@ def table(rows: dict[str, dict]) -> str:
               *(cell(row.get("attacks", {}).get(key)) for key in columns)] for name, row in rows.items()]
     return markdown([head, *lines])
 
-FREE = {"steps", "device", "eval_batch", "micro_batch", "save_every", "no_attack", "traceback", "name",
-        "resume"}
+FREE = {"steps", "device", "eval_batch", "micro_batch", "offload", "save_every", "no_attack", "traceback",
+        "name", "resume"}
 
 def begun(folder: Path, record: dict[str, dict]) -> None:
     """Writes settings.json, or refuses what a resumed run would change in it, but for FREE."""

@@ -149,6 +149,24 @@ def test_four_steps_are_two_resumed_and_two_bit_for_bit(tmp_path, change):
     assert [r["L"] for r in log] == [r["L"] for r in log_again] and [r["t"] for r in log_again] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("change", [{}, {"micro_batch": 2}, {"anchor": "initial"}, {"per_example": True, "batch_size": 3}])
+def test_offloading_changes_no_bit_also_where_it_begins_at_a_resume(tmp_path, change):
+    s = replace(S, steps=4, **change)
+    once, log = weights_after(s)
+    for path in (None, tmp_path):
+        again, log_again = weights_after(replace(s, offload=True), path, cut=2 if path else 0)
+        assert all(map(torch.equal, once, again)) and [r["L_SSIUU"] for r in log] == [r["L_SSIUU"] for r in log_again]
+
+
+def test_what_is_offloaded_is_not_what_the_step_computed_with():
+    model, s = toy(torch.float32), replace(S, offload=True)
+    state = begin(model, Letters(), C_f, s)
+    list(unlearn(model, Letters(), C_f, C_r, s, state))
+    before = [a.clone() for a in state.A_prev[0]]
+    list(unlearn(model, Letters(), C_f, C_r, replace(s, steps=4, anchor="initial"), state))
+    assert all(map(torch.equal, before, state.A_prev[0]))
+
+
 def test_a_state_that_is_not_this_runs_is_refused(tmp_path):
     weights_after(replace(S, steps=1), tmp_path)
     for change in ({"method": "gd"}, {"method": "rmu"}, {"scope": "linear"}):
