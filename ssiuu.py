@@ -78,17 +78,14 @@ def weights(A: Tensors, A_prev: Tensors, I_neg: Tensors, lam: float) -> Tensors:
     """w = lam dL_SSIUU/dA = 2 lam Delta, for constant A (Eq. 10)."""
     return [2 * lam * change(*x) for x in zip(A, A_prev, I_neg)]
 
-def descend(L: Tensor, A: Tensors, w: Tensors | None) -> None:
-    """Adds the gradient of J = L + lam L_SSIUU to each .grad (Eq. 8; Alg. 1 l.13).
+def penalised(L: Tensor, A: Tensors, w: Tensors | None) -> Tensor:  # -> ()
+    """L + sum_i w_i A_i, which has the gradient of J = L + lam L_SSIUU (Eq. 8, 9, 11; Alg. 1 l.13).
 
-    It is grad L + sum_i w_i grad A_i (Eq. 9, 11). By the product rule grad A holds g and phi H (Eq. 13), so
-    this is all of Eq. 14: 2 lam Delta g and, by double backward, H v with v = w phi. It is linear in L and A:
-    parts of a batch, each with the same w, add up exactly. No w, as at t = 1, is no penalty (l.8).
+    By the product rule grad A holds g and phi H (Eq. 13), so .backward() gives all of Eq. 14: 2 lam Delta g
+    and, by double backward, H v with v = w phi. It is linear in L and A: parts of a batch, each with the same
+    w, add up exactly. No w, as at t = 1, is no penalty (l.8).
     """
-    if w is None:
-        L.backward()
-    else:
-        torch.autograd.backward([L, *A], [torch.ones_like(L), *w])
+    return L if w is None else L + sum((w_p * a).sum() for w_p, a in zip(w, A))
 
 def ga_loss(logp_f: Tensor) -> Tensor:  # (B,) -> ()
     """Gradient ascent on the negative log-likelihood of the forget set (C.2 (1); Jang et al. 2022)."""
@@ -396,12 +393,13 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             w[key] = weights(A[key], on(model.device, state.A_prev[key]), I_neg, s.lam)          # Eq. 10
         record = {"L_SSIUU": L_ssiuu, "I_neg": share_of(I_neg)} if A else {}
         remember(state, A, s)                                                                    # l.12
-        A = total = I_neg = None  # what is as large as the weights goes before the graphs are built
+        A = total = I_neg = None
         for part in b:
             graph = one or forget_graph(model, part, phi if part.key in w else [], state, s)
-            descend(graph.L, graph.A, w.get(part.key))                                           # l.13
+            J = penalised(graph.L, graph.A, w.get(part.key))                                     # Eq. 8
             L, logp_f = L + graph.L.item(), [*logp_f, graph.logp]
-            one = graph = None  # a graph goes before the next is built
+            one = graph = None  # what is as large as the weights goes before there is more of it
+            J.backward()                                                                         # l.13
         for part in b_r if backbone_of(s) != "ga" else []:
             logp = answer_logprob(model, part.batch)
             L_r = part.share * retain_loss(logp)                                                 # l.4

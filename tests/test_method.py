@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssiuu import attribution, descend, dpo_loss, ga_loss, gd_loss, klue_mask, negative, npo_loss, retain_loss
+from ssiuu import attribution, dpo_loss, ga_loss, gd_loss, klue_mask, negative, npo_loss, penalised, retain_loss
 from ssiuu import rmu_loss, ssiuu_loss, weights
 
 ROOT = Path(__file__).parent.parent
@@ -38,11 +38,11 @@ def flat(tensors):
     return torch.cat([t.reshape(-1) for t in tensors]).detach()
 
 
-def penalised(L, P, phi, A_prev, hessian=True):
-    """As Algorithm 1 does it: what `descend` leaves in .grad."""
+def gradient(L, P, phi, A_prev, hessian=True):
+    """As Algorithm 1 does it: what `penalised` leaves in .grad."""
     A = attribution(P, phi, hessian)
     constant = [a.detach() for a in A]
-    descend(L, A, weights(constant, A_prev, negative(constant), LAM))
+    penalised(L, A, weights(constant, A_prev, negative(constant), LAM)).backward()
     found = flat([p.grad for p in phi])
     for p in phi:
         p.grad = None
@@ -85,7 +85,7 @@ def test_eq14_equals_the_explicit_hessian_on_top_of_the_backbone(net, hessian):
     assert 0 < flat(negative(attribution(P(), phi))).sum() < 35
     value = P()
     dL = flat(torch.autograd.grad(value ** 2, phi, retain_graph=True))
-    found = penalised(value ** 2, value, phi, A_prev, hessian)
+    found = gradient(value ** 2, value, phi, A_prev, hessian)
     torch.testing.assert_close(found, dL + explicit(P, phi, A_prev, hessian), rtol=1e-9, atol=1e-12)
 
 
@@ -93,12 +93,12 @@ def test_eq14_equals_double_backward_of_algorithm_1(net):
     P, phi, A_prev = net
     A = attribution(P(), phi)
     literal = torch.autograd.grad(LAM * ssiuu_loss(A, A_prev, negative(A)), phi)
-    torch.testing.assert_close(penalised(0 * P(), P(), phi, A_prev), flat(literal), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(gradient(0 * P(), P(), phi, A_prev), flat(literal), rtol=1e-10, atol=1e-13)
 
 
 def test_eq14_equals_central_differences_of_eq6(net):
     P, phi, A_prev = net
-    ours, I_neg = penalised(0 * P(), P(), phi, A_prev), negative(attribution(P(), phi))
+    ours, I_neg = gradient(0 * P(), P(), phi, A_prev), negative(attribution(P(), phi))
 
     def J():  # written out again, with a fresh gradient at the moved parameters
         grads = torch.autograd.grad(P(), phi)
@@ -120,7 +120,7 @@ def test_eq14_closed_form_of_a_sigmoid():
     w = torch.tensor([0.5, -1.5, 0.8], dtype=torch.float64, requires_grad=True)
     x = torch.tensor([1.0, 2.0, -0.7], dtype=torch.float64)
     prev = torch.tensor([0.01, -0.02, 0.03], dtype=torch.float64)
-    found = penalised(0 * (w @ x), (w @ x).sigmoid(), [w], [prev])
+    found = gradient(0 * (w @ x), (w @ x).sigmoid(), [w], [prev])
     s = 1 / (1 + math.exp(-sum(a * b for a, b in zip(w.tolist(), x.tolist()))))
     d1, d2 = s * (1 - s), s * (1 - s) * (1 - 2 * s)
     delta = [0.0 if a * d1 * b >= 0 else a * d1 * b - q for a, b, q in zip(w.tolist(), x.tolist(), prev.tolist())]
@@ -130,13 +130,13 @@ def test_eq14_closed_form_of_a_sigmoid():
 
 def test_parts_of_a_batch_add_up(net):
     P, phi, A_prev = net
-    whole = penalised(P() ** 2, P(), phi, A_prev)
+    whole = gradient(P() ** 2, P(), phi, A_prev)
     constant = [a.detach() for a in attribution(P(), phi)]
     w = weights(constant, A_prev, negative(constant), LAM)
-    descend(P() ** 2, [], [])
+    penalised(P() ** 2, [], []).backward()
     for part in ([0, 2], [1], [3]):
         value = P(inputs=part)
-        descend(0 * value, attribution(value, phi), w)
+        penalised(0 * value, attribution(value, phi), w).backward()
     torch.testing.assert_close(flat([p.grad for p in phi]), whole, rtol=1e-10, atol=1e-13)
 
 
@@ -144,7 +144,7 @@ def test_without_weights_only_the_backbone_moves(net):
     P, phi, _ = net
     value = P()
     dL = flat(torch.autograd.grad(value ** 2, phi, retain_graph=True))
-    descend(value ** 2, attribution(value, phi), None)  # t = 1
+    penalised(value ** 2, attribution(value, phi), None).backward()  # t = 1
     assert torch.equal(flat([p.grad for p in phi]), dL)
 
 
@@ -161,7 +161,7 @@ def test_negative_controls_are_told_apart(net, break_it):
         v = [w_p * p.detach() for w_p, p in zip(weights(A, A_prev, negative(A), LAM), phi)]
         wrong = flat(torch.autograd.grad(torch.autograd.grad(P(), phi, create_graph=True), phi, v))
     else:
-        wrong = penalised(0 * P(), P().log(), phi, A_prev)
+        wrong = gradient(0 * P(), P().log(), phi, A_prev)
     assert (wrong - right).norm() > 0.05 * right.norm()
 
 
@@ -210,7 +210,7 @@ def test_the_block_alone_drives_a_model():
         now = [a.detach() for a in A]
         w = A_prev and space["weights"](now, A_prev, space["negative"](now), 0.1)
         A_prev = now
-        space["descend"](space["gd_loss"](logp[:4], logp[4:]), A, w)
+        space["penalised"](space["gd_loss"](logp[:4], logp[4:]), A, w).backward()
         with torch.no_grad():
             for p in phi:
                 p -= 0.05 * p.grad

@@ -1,8 +1,11 @@
 """What a step costs: GD and SSIUU in turn through `unlearn` itself, on random tokens.
 
-    python data/results/bench.py --model SMOLLM2
+    python data/results/bench.py --model SMOLLM2                          # seconds and memory, measured
+    python data/results/bench.py --config llama-3.2-3b --batch-size 33    # memory by name, no weights, no GPU
 
-Scoring FS is no part of a step and is left out. On the CPU memory is the peak of resident memory (Linux).
+Scoring FS is no part of a step and is left out. On the CPU memory is the peak of resident memory (Linux). With
+--config the same steps run on tensors without data, and every byte that is alive at the peak is counted under
+the function of this project that made it.
 """
 import math
 import random
@@ -10,20 +13,31 @@ import re
 import statistics
 import sys
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
+import attack  # noqa: E402
 import ssiuu  # noqa: E402
 from data import Example  # noqa: E402
-from evaluate import Data, read_flags, run  # noqa: E402
-from model import LM, Count, load, write_json  # noqa: E402
+from evaluate import Data, markdown, read_flags, run  # noqa: E402
+from model import LM, Config, Count, load, prefill, write_json  # noqa: E402
 
 ANSWER = 6  # tokens of y
+CONFIGS = {
+    "llama-3.2-3b": Config("llama", 128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True),
+    "qwen2.5-3b": Config("qwen2", 151936, 2048, 11008, 36, 16, 2, 128, tie_word_embeddings=True)}
 
 
 @dataclass
@@ -32,6 +46,8 @@ class Settings(Data):
     tokens: Count = 64                    # K, six of them the answer
     rounds: Count = 5                     # counted steps of each, after two that warm up
     micro_batch: Count | None = None      # sequences in one graph; all
+    offload: bool = False                 # Adam's moments and A_prev on the host
+    config: Literal[tuple(CONFIGS), None] = None  # count the memory of this model, all ways, and run nothing
     out: str = "runs/bench.json"          # where the numbers go
 
 
@@ -70,11 +86,86 @@ def steps(model: LM, s: Settings, method: str, shared: list) -> Iterator[dict]:
     C_f = [Example(f"forget {i}", [f"y {i}"]) for i in range(s.batch_size)]
     C_r = [Example(f"retain {i}", [f"y {i}"]) for i in range(s.batch_size)]
     settings = ssiuu.Settings(method=method, lr=1e-6, tau=0.0, steps=2 ** 31 - 1, micro_batch=s.micro_batch,
-                              target="logprob")  # P of random tokens would be 0, and so would the penalty
+                              offload=s.offload, target="logprob")  # P of random tokens would be 0, and so would the penalty
     state = ssiuu.begin(model, tokenizer, C_f, settings)
     shared.append(state.optimizer)
     state.optimizer = shared[0]
     yield from ssiuu.unlearn(model, tokenizer, C_f, C_r, settings, state)
+
+
+# ------------------------------------------------------- --config: what is alive at the peak, by name
+
+
+class Unread(TorchFunctionMode):
+    """Tensors have no data here. What the code reads out of one is made up: numbers are 1, y has its known
+    number of tokens, an order is 0, 1, 2, ..."""
+    def __init__(self, alive: "Alive"):
+        super().__init__()
+        self.alive = alive
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        x, T = args[0] if args else None, torch.Tensor
+        if function in (T.item, T.__bool__, T.__int__):
+            return 1.0 if function is T.item else True
+        if function is T.nonzero:
+            return torch.zeros(len(x) * ANSWER, x.ndim, dtype=torch.long)
+        if function is T.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
+            return x[[torch.zeros(len(x) * ANSWER, dtype=torch.long)] * args[1].ndim]
+        if function is T.to and self.alive.names.get(x.untyped_storage()._cdata) in HOST:
+            return x.clone()  # back from the host: a copy, but not where both are one device
+        return function(*args, **(kwargs or {}))
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, now and at the peak of those that are not on the host."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.names = Counter(), Counter(), {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.names:
+                self.add(x.untyped_storage())
+        if on_device(self.now) > on_device(self.peak):
+            self.peak = +self.now
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size, name = storage._cdata, storage.nbytes(), maker()
+        self.names[key] = name
+        self.now[name] += size
+
+        def gone() -> None:
+            self.now[self.names.pop(key)] -= size
+        weakref.finalize(storage, gone)
+
+
+HOST = {"on_host", "attacked"}  # what these two functions make lies in host memory
+NAMES = {"attribution": "g and A", "weights": "w", "change": "w", "begin": "Adam's moments", "__init__": "phi"}
+
+
+def on_device(bytes: Counter) -> int:
+    return sum(size for name, size in bytes.items() if name not in HOST)
+
+
+def maker() -> str:
+    """The innermost function of the five modules on the stack; all but the weights of model.py are one."""
+    frame = sys._getframe(3)
+    while frame:
+        path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if path.parent == ROOT:
+            return "activations" if path.name == "model.py" and name != "__init__" else name
+        frame = frame.f_back
+    return "phi"
+
+
+def counted(config: Config, work: Callable[[LM], None]) -> dict[str, float]:
+    """{name: GB alive on the device at the peak} of work(model)."""
+    alive, FakeTensor.tolist = Alive(), lambda x: list(range(len(x)))
+    with FakeTensorMode(allow_non_fake_inputs=True), Unread(alive), alive:
+        work(LM(config))
+    return {name: round(size / 1e9, 2) for name, size in alive.peak.most_common() if size > 5e7}
 
 
 def main() -> None:
