@@ -16,7 +16,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +47,7 @@ class Settings(Data):
     rounds: Count = 5                     # counted steps of each, after two that warm up
     micro_batch: Count | None = None      # sequences in one graph; all
     offload: bool = False                 # Adam's moments and A_prev on the host
-    config: Literal[tuple(CONFIGS), None] = None  # count the memory of this model, all ways, and run nothing
+    config: Literal["llama-3.2-3b", "qwen2.5-3b", None] = None  # count the memory of this model, all ways, and run nothing
     out: str = "runs/bench.json"          # where the numbers go
 
 
@@ -86,7 +86,7 @@ def steps(model: LM, s: Settings, method: str, shared: list) -> Iterator[dict]:
     C_f = [Example(f"forget {i}", [f"y {i}"]) for i in range(s.batch_size)]
     C_r = [Example(f"retain {i}", [f"y {i}"]) for i in range(s.batch_size)]
     settings = ssiuu.Settings(method=method, lr=1e-6, tau=0.0, steps=2 ** 31 - 1, micro_batch=s.micro_batch,
-                              offload=s.offload, target="logprob")  # P of random tokens would be 0, and so would the penalty
+                              offload=s.offload, target="logprob")  # P of random tokens is 0: no penalty
     state = ssiuu.begin(model, tokenizer, C_f, settings)
     shared.append(state.optimizer)
     state.optimizer = shared[0]
@@ -110,7 +110,8 @@ class Unread(TorchFunctionMode):
         if function is T.nonzero:
             return torch.zeros(len(x) * ANSWER, x.ndim, dtype=torch.long)
         if function is T.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
-            return x[[torch.zeros(len(x) * ANSWER, dtype=torch.long)] * args[1].ndim]
+            at = torch.zeros(len(x) * ANSWER, dtype=torch.long)
+            return x[(at,) * args[1].ndim]
         if function is T.to and self.alive.names.get(x.untyped_storage()._cdata) in HOST:
             return x.clone()  # back from the host: a copy, but not where both are one device
         return function(*args, **(kwargs or {}))
@@ -141,8 +142,9 @@ class Alive(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-HOST = {"on_host", "attacked"}  # what these two functions make lies in host memory
-NAMES = {"attribution": "g and A", "weights": "w", "change": "w", "begin": "Adam's moments", "__init__": "phi"}
+HOST = {"on_host"}  # what this function makes lies in host memory
+NAMES = {"weights": "w", "attribution": "g and A", "unlearn": ".grad, Adam's moments, the backward pass",
+         "retrain": ".grad, Adam's moments, the backward pass"}
 
 
 def on_device(bytes: Counter) -> int:
@@ -150,30 +152,70 @@ def on_device(bytes: Counter) -> int:
 
 
 def maker() -> str:
-    """The innermost function of the five modules on the stack; all but the weights of model.py are one."""
+    """The innermost function of the five modules on the stack; in model.py only two things are made."""
     frame = sys._getframe(3)
     while frame:
         path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
-        if path.parent == ROOT:
-            return "activations" if path.name == "model.py" and name != "__init__" else name
+        if path.parent == ROOT and name not in ("<listcomp>", "change"):
+            return NAMES.get(name, name) if path.name != "model.py" else "activations"
         frame = frame.f_back
     return "phi"
 
 
-def counted(config: Config, work: Callable[[LM], None]) -> dict[str, float]:
-    """{name: GB alive on the device at the peak} of work(model)."""
+def alive_at_peak(config: Config, work: Callable[[LM], None]) -> dict[str, float]:
+    """{name: GB on the device at the peak} of work(model), and what lay on the host at that time."""
     alive, FakeTensor.tolist = Alive(), lambda x: list(range(len(x)))
     with FakeTensorMode(allow_non_fake_inputs=True), Unread(alive), alive:
-        work(LM(config))
-    return {name: round(size / 1e9, 2) for name, size in alive.peak.most_common() if size > 5e7}
+        model = LM(config)
+        alive.names.update(dict.fromkeys(alive.names, "phi"))
+        alive.now = Counter({"phi": alive.now.total()})
+        work(model)
+    found = {"device": on_device(alive.peak), "host": alive.peak.total() - on_device(alive.peak), **alive.peak}
+    return {name: round(size / 1e9, 1) for name, size in found.items() if size > 5e7 and name not in HOST}
+
+
+def count(s: Settings) -> None:
+    """The memory of each kind of work on s.config, printed as a table and written to s.out."""
+    def stepped(method: str, micro_batch: int | None, offload: bool) -> Callable[[LM], None]:
+        def work(model: LM) -> None:
+            run = steps(model, replace(s, micro_batch=micro_batch, offload=offload), method, [])
+            next(run), next(run)  # the penalty begins at t = 2
+        return work
+
+    def retrained(model: LM) -> None:  # attack.py keeps the weights that it restores on the host
+        row = [0] * s.tokens, [False] * (s.tokens - ANSWER) + [True] * ANSWER
+        list(attack.retrain(model, [row] * 4, lr=1e-5, epochs=2, size=4, generator=torch.Generator()))
+
+    @torch.no_grad()
+    def scored(model: LM) -> None:
+        last, _, _ = prefill(model, [[0] * 128] * 64, 16)
+        model.lm_head(last)
+
+    micro = s.micro_batch or 4
+    ways = {"gd": stepped("gd", None, False), "ssiuu": stepped("ssiuu", None, False),
+            f"gd --micro-batch {micro}": stepped("gd", micro, False),
+            f"ssiuu --micro-batch {micro}": stepped("ssiuu", micro, False),
+            f"ssiuu --micro-batch {micro} --offload": stepped("ssiuu", micro, True),
+            "retraining on 4 rows (attack.py)": retrained, "scoring 64 prompts of 128 tokens": scored}
+    found = {}
+    for name, work in ways.items():
+        found[name] = alive_at_peak(CONFIGS[s.config], work)
+        print(f"{name}: {found[name]}", flush=True)
+    write_json(Path(s.out), {"config": s.config, "B": s.batch_size, "K": s.tokens, "GB": found,
+                             **ssiuu.provenance()})
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    print(markdown([[s.config, *names], *([name, *(str(row.get(x, "-")) for x in names)]
+                                          for name, row in found.items())]))
 
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
     if s.tokens <= ANSWER + 1:
         raise ValueError(f"--tokens: found {s.tokens}, expected at least {ANSWER + 2}, {ANSWER} for y")
-    model, _ = load(s.model, device=s.device)
     ssiuu.item_scores = lambda model, tokenizer, C, size: [1.0] * len(C)
+    if s.config:
+        return count(s)
+    model, _ = load(s.model, device=s.device)
     seconds, memory, n = {"gd": [], "ssiuu": []}, {"gd": [], "ssiuu": []}, 2 * s.batch_size * s.tokens
     running, shared = {}, []
     for method in ["gd", "gd", "ssiuu", "ssiuu"] + ["gd", "ssiuu"] * s.rounds:
