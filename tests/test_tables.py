@@ -50,7 +50,7 @@ def test_differences_are_paired_by_fold_and_the_command_prints_what_it_wrote(tmp
     made = {"gd": {1: 20.0, 2: 10.0, 3: 60.0}, "npo": {1: 14.0, 2: 6.0}}
     for row, folds in made.items():
         for k, back in folds.items():
-            tables.write_json(tmp_path / f"tiny/runs/{row} fold={k}.json", kept(row, back))
+            tables.write_json(tmp_path / f"tiny/{row} fold={k}.json", kept(row, back))
     monkeypatch.setattr(tables, "command", lambda *words: pytest.fail("a finished run was made again"))
     wrote = print_table(monkeypatch, capsys, "--folds", "1", "2", "--rows", "gd", "npo")
     rows = json.loads((tmp_path / "tiny/table.json").read_text())["rows"]
@@ -64,7 +64,7 @@ def test_differences_are_paired_by_fold_and_the_command_prints_what_it_wrote(tmp
     with pytest.raises(ValueError, match="--columns: found 'XS', expected some of FS"):
         print_table(monkeypatch, capsys, "--print", "--columns", "XS")
     with pytest.raises(ValueError, match="1 runs failed"):  # other settings than the table's have to be removed
-        tables.write_json(tmp_path / "tiny/runs/gd fold=1.json", kept("npo", 1.0))
+        tables.write_json(tmp_path / "tiny/gd fold=1.json", kept("npo", 1.0))
         print_table(monkeypatch, capsys, "--folds", "1", "--rows", "gd")
 
 
@@ -93,7 +93,7 @@ def test_a_run_is_made_or_resumed_looked_into_attacked_and_its_weights_go(tmp_pa
     assert [words[0] for words in called] == ["ssiuu.py", "evaluate.py", "attack.py"]
     assert {"--name", "--method", "--no-attack"} <= {*called[0]} and not (tmp_path / "runs/tiny gd fold=3").exists()
     assert result["attacks"]["Harmful p = 0.1"]["percent"] == 4 and "curves" not in result["analysis"]
-    assert json.loads((tmp_path / "tiny/runs/gd fold=3.json").read_text()) == result
+    assert json.loads((tmp_path / "tiny/gd fold=3.json").read_text()) == result
     (tmp_path / "runs/tiny gd fold=4").mkdir()
     (tmp_path / "runs/tiny gd fold=4/settings.json").write_text("{}")
     tables.make("tiny", "gd", 4)

@@ -5,7 +5,7 @@
     python data/results/tables.py tiny --print    # print the committed table, run nothing
 
 A row and fold is one model: ssiuu.py (or make_tiny.py --without) makes it, evaluate.py looks into it, attack.py
-attacks it. What they found is kept in TABLE/runs/<row> fold=<k>.json; the weights are not. After a kill the same
+attacks it. What they found is kept in TABLE/<row> fold=<k>.json; the weights are not. After a kill the same
 command goes on where it stopped. TABLE/table.json holds, per row and column, the mean over folds with its 95 %
 t-interval, a fold being one observation, and the paired difference to "gd".
 """
@@ -113,7 +113,7 @@ def make_model(t: Table, row: str, fold: int, name: str) -> dict:
 
 def make(table: str, row: str, fold: int) -> dict:
     """What is known of this row on this fold: kept from before, or found now."""
-    t, name, kept = TABLES[table], f"{table} {row} fold={fold}", HERE / table / "runs" / f"{row} fold={fold}.json"
+    t, name, kept = TABLES[table], f"{table} {row} fold={fold}", HERE / table / f"{row} fold={fold}.json"
     flags = {"model": t.model, "steps": t.steps, "ssiuu.py": t.rows[row], "attack.py": t.attack}
     if kept.is_file():
         result = read_json(kept)
@@ -195,7 +195,7 @@ def read_runs(table: str) -> dict[str, dict[int, dict]]:
     """{row: {fold: result}} of the kept runs, in the table's order."""
     found = {}
     for row in TABLES[table].rows:
-        for path in sorted((HERE / table / "runs").glob(f"{row} fold=*.json")):
+        for path in sorted((HERE / table).glob(f"{row} fold=*.json")):
             found.setdefault(row, {})[int(path.stem.rpartition("=")[2])] = read_json(path)
     return found
 
