@@ -3,9 +3,9 @@
     python data/results/bench.py --model SMOLLM2                          # seconds and memory, measured
     python data/results/bench.py --config llama-3.2-3b --batch-size 33    # memory by name, no weights, no GPU
 
-Scoring FS is no part of a step and is left out. On the CPU memory is the peak of resident memory (Linux). With
---config the same steps run on tensors without data, and every byte that is alive at the peak is counted under
-the function of this project that made it.
+Scoring FS is no part of a step and is left out. On the CPU memory is the peak of resident memory (Linux).
+With --config the same steps run on tensors without data, and every byte that is alive at the peak is counted
+under the function of this project that made it.
 """
 import math
 import random
@@ -47,7 +47,7 @@ class Settings(Data):
     rounds: Count = 5                     # counted steps of each, after two that warm up
     micro_batch: Count | None = None      # sequences in one graph; all
     offload: bool = False                 # Adam's moments and A_prev on the host
-    config: Literal["llama-3.2-3b", "qwen2.5-3b", None] = None  # count the memory of this model, all ways, and run nothing
+    config: Literal["llama-3.2-3b", "qwen2.5-3b", None] = None  # count the memory of this model instead
     out: str = "runs/bench.json"          # where the numbers go
 
 
@@ -118,7 +118,7 @@ class Unread(TorchFunctionMode):
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, now and at the peak of those that are not on the host."""
+    """Counts the bytes of all storages that are alive: now, and at the peak of those on the device."""
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.names = Counter(), Counter(), {}
@@ -170,7 +170,8 @@ def alive_at_peak(config: Config, work: Callable[[LM], None]) -> dict[str, float
         alive.names.update(dict.fromkeys(alive.names, "phi"))
         alive.now = Counter({"phi": alive.now.total()})
         work(model)
-    found = {"device": on_device(alive.peak), "host": alive.peak.total() - on_device(alive.peak), **alive.peak}
+    device = on_device(alive.peak)
+    found = {"device": device, "host": alive.peak.total() - device, **alive.peak}
     return {name: round(size / 1e9, 1) for name, size in found.items() if size > 5e7 and name not in HOST}
 
 

@@ -4,10 +4,10 @@
     python data/results/tables.py tiny            # run what is missing, then write and print the table
     python data/results/tables.py tiny --print    # print the committed table, run nothing
 
-A row and fold is one model: ssiuu.py (or make_tiny.py --without) makes it, evaluate.py looks into it, attack.py
-attacks it. What they found is kept in TABLE/<row> fold=<k>.json; the weights are not. After a kill the same
-command goes on where it stopped. TABLE/table.json holds, per row and column, the mean over folds with its 95 %
-t-interval, a fold being one observation, and the paired difference to "gd".
+A row and fold is one model: ssiuu.py (or make_tiny.py --without) makes it, evaluate.py looks into it,
+attack.py attacks it. What they found is kept in TABLE/<row> fold=<k>.json; the weights are not. After a kill
+the same command goes on. TABLE/table.json holds, per row and column, the mean over folds with its 95 %
+t-interval, a fold being one observation, and the paired difference to "gd" and others.
 """
 import argparse
 import json
@@ -95,7 +95,7 @@ def command(*words: str) -> str:
 
 
 def make_model(t: Table, row: str, fold: int, name: str) -> dict:
-    """runs/<name>, the model of this row, made or resumed; its scores as ssiuu.py or evaluate.py gives them."""
+    """Makes or resumes runs/<name>, the model of this row; its scores as ssiuu.py or evaluate.py has them."""
     folder = ROOT / "runs" / name
     if t.rows[row] is None:
         if not (folder / "made.json").is_file():
@@ -121,14 +121,14 @@ def make(table: str, row: str, fold: int) -> dict:
             refuse(f"{kept}: found {result.get('flags')}, expected {flags}: remove it to run it again")
         return result
     result = {"flags": flags} | make_model(t, row, fold, name) | provenance()
-    at = ["--fold", str(fold)]
+    at, model = ["--fold", str(fold)], f"runs/{name}"
     if t.attack:
-        command("evaluate.py", "--before", t.model, "--after", f"runs/{name}", *at)
+        command("evaluate.py", "--before", t.model, "--after", model, *at)
         analysis = read_json(ROOT / "runs" / name / "analysis.json")
         seen = {key: x for key, x in analysis["variation"].items() if key != "curves"}
         result["analysis"] = seen | analysis["checkpoints"]["after"]
-        lines = map(json.loads, command("attack.py", "--model", f"runs/{name}", *at, *t.attack.split()).splitlines())
-        result["attacks"] = {x["attack"]: x for x in lines if x["kind"] == "summary"}
+        lines = command("attack.py", "--model", model, *at, *t.attack.split()).splitlines()
+        result["attacks"] = {x["attack"]: x for x in map(json.loads, lines) if x["kind"] == "summary"}
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, result)
     shutil.rmtree(ROOT / "runs" / name)
@@ -148,8 +148,8 @@ def make_all(table: str, rows: list[str], folds: list[int], jobs: int) -> list[s
                 except (RuntimeError, ValueError, OSError) as e:
                     failed.append(waiting[future])
                     text = str(e)
-                left = (time.time() - start) / i * (len(waiting) - i)
-                print(f"{i}/{len(waiting)}  {waiting[future]}  {text}  eta {left:.0f}s", file=sys.stderr, flush=True)
+                text += f"  eta {(time.time() - start) / i * (len(waiting) - i):.0f}s"
+                print(f"{i}/{len(waiting)}  {waiting[future]}  {text}", file=sys.stderr, flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -212,10 +212,11 @@ def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
 
 
 def summarise(runs: dict[str, dict[int, dict]]) -> dict:
-    """table.json: per row its columns over folds and, paired by fold, `minus gd` and what else is compared."""
+    """table.json: per row its columns over folds, and `minus gd` and others, paired by fold."""
     default = {k: columns_of(x, "before") for row in runs.values() for k, x in row.items() if "before" in x}
-    values = {"default": default} | {row: {k: columns_of(x) for k, x in found.items()} for row, found in runs.items()}
-    rows = {}
+    values, rows = {"default": default}, {}
+    for row, found in runs.items():
+        values[row] = {k: columns_of(x) for k, x in found.items()}
     for row, folds in values.items():
         names = dict.fromkeys(name for columns in folds.values() for name in columns)
         rows[row] = {name: interval([x[name] for x in folds.values() if name in x]) for name in names}
@@ -232,7 +233,7 @@ def ranks(x: list[float]) -> list[float]:
 
 
 def ranking(values: dict[str, dict[int, dict]]) -> dict:
-    """{attack: interval over folds of Spearman's rho over the unlearned models between D- - D+ and recovery}."""
+    """{attack: interval over folds of Spearman's rho, over unlearned models, of D- - D+ and recovery}."""
     rows, rho = [folds for row, folds in values.items() if row not in ("default", "never taught")], {}
     for k in sorted({k for folds in rows for k in folds}):
         runs = [folds[k] for folds in rows if "D_neg" in folds.get(k, {})]
@@ -257,7 +258,7 @@ def shown(x: dict | None, most: int) -> str:
 
 
 def show(table: dict, only: list[str] | None, minus: str) -> str:
-    """Two Markdown tables: the means, and the paired differences to the row `minus`. `only`: these columns."""
+    """Two Markdown tables: means, and paired differences to the row `minus`. `only`: these columns."""
     rows = table["rows"]
     names = [name for name in dict.fromkeys(name for row in rows.values() for name in row)
              if not name.startswith("minus ")]
@@ -282,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("table", choices=TABLES, help="which table, a folder beside this script")
-    parser.add_argument("--folds", nargs="+", type=int, metavar="K", help="make these forget sets (the table's)")
+    parser.add_argument("--folds", nargs="+", type=int, metavar="K", help="make these folds (the table's)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="make these rows (all)")
     parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="print these columns (all)")
     parser.add_argument("--minus", default="gd", help="print paired differences to this row (gd)")
