@@ -13,7 +13,7 @@ from data import collate, encode
 from evaluate import influence
 from model import answer_logprob
 from ssiuu import METHODS, REFUSAL, Settings, begin, load_state, state_tensors, unlearn, write_tensors
-from toy import Letters, C_f, C_r, toy
+from toy import DEVICE, Letters, C_f, C_r, toy
 
 S = Settings(lam=0.5, lr=1e-3, steps=3, tau=0.0)
 
@@ -34,7 +34,7 @@ class Literal:
         self.rows, self.rows_r = rows_of(C_f), rows_of(C_r)[:]
         self.refusals = [encode(Letters(), e.question, REFUSAL) for e in C_f]
         with torch.no_grad():
-            self.ref, self.ref_w = (answer_logprob(original, collate(rows)) for rows in (self.rows, self.refusals))
+            self.ref, self.ref_w = (answer_logprob(original, collate(rows, DEVICE)) for rows in (self.rows, self.refusals))
 
     def backbone(self, model, logp):
         kind = self.s.backbone if self.s.method == "ssiuu" else self.s.method
@@ -42,7 +42,7 @@ class Literal:
         if kind == "npo":
             return 2 / self.s.beta * torch.log1p(torch.exp(self.s.beta * ratio)).mean()
         if kind == "dpo":
-            lead = answer_logprob(model, collate(self.refusals)) - self.ref_w - ratio
+            lead = answer_logprob(model, collate(self.refusals, DEVICE)) - self.ref_w - ratio
             return 2 / self.s.beta * torch.log1p(torch.exp(-self.s.beta * lead)).mean()
         return logp.mean()
 
@@ -53,7 +53,7 @@ class Literal:
         s, everything = self.s, list(model.parameters())
         names = [n for n, _ in model.named_parameters()]
         chosen = [i for i, n in enumerate(names) if s.scope == "all" or n.endswith("_proj.weight")]
-        phi, logp = [everything[i] for i in chosen], answer_logprob(model, collate(self.rows))
+        phi, logp = [everything[i] for i in chosen], answer_logprob(model, collate(self.rows, DEVICE))
         value = logp if s.target == "logprob" else logp.exp()
         sums = list(value) if s.per_example else [value.sum()]
         gs = [torch.autograd.grad(P, phi, create_graph=True) for P in sums]
@@ -61,7 +61,7 @@ class Literal:
         A = [phi] if s.target == "weights" else A
         J = self.backbone(model, logp)
         if "ga" not in (s.backbone, s.method):
-            J = J - answer_logprob(model, collate([self.rows_r[i] for i in b_r])).mean()
+            J = J - answer_logprob(model, collate([self.rows_r[i] for i in b_r], DEVICE)).mean()
         if self.A_prev and s.method == "ssiuu":
             I_neg = [self.penalised(sum(same)) for same in zip(*A)]
             for now, before in zip(A, self.A_prev):

@@ -1,5 +1,6 @@
 """A random two-layer Llama in float64, a tokenizer of letters, and facts: what a step costs here is a millisecond."""
 import functools
+import os
 import string
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from model import LM, answer_logprob, read_config
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden/llama"
+DEVICE = os.environ.get("SSIUU_DEVICE", "cpu")  # of toy(); data/results/gpu.sh says cuda
 C_f = [Example(f"who is {name}", [answer], ["no", "yes"]) for name, answer in
        (("ann", "a cook"), ("bo", "king"), ("cy", "poet"), ("di", "dane"), ("ed", "thief"))]
 C_r = [Example(f"where is {name}", [answer], ["no", "yes"]) for name, answer in
@@ -49,6 +51,6 @@ def taught():
 
 
 def toy(dtype=torch.float64):
-    model = LM(read_config(GOLDEN)).to(dtype)
+    model = LM(read_config(GOLDEN)).to(DEVICE, dtype)
     model.load_state_dict(taught())
     return model

@@ -1,11 +1,13 @@
 """What a step costs: GD and SSIUU in turn through `unlearn` itself, on random tokens.
 
     python data/results/bench.py --model SMOLLM2                          # seconds and memory, measured
+    python data/results/bench.py --config llama-3.2-3b --device cuda      # the same of random weights
     python data/results/bench.py --config llama-3.2-3b --batch-size 33    # memory by name, no weights, no GPU
 
 Scoring FS is no part of a step and is left out. On the CPU memory is the peak of resident memory (Linux).
-With --config the same steps run on tensors without data, and every byte that is alive at the peak is counted
-under the function of this project that made it.
+With --config on the CPU the same steps run on tensors without data, and every byte that is alive at the peak
+is counted under the function of this project that made it. --literal measures Algorithm 1 by plain autograd on
+transformers' model instead.
 """
 import math
 import random
@@ -47,7 +49,8 @@ class Settings(Data):
     rounds: Count = 5                     # counted steps of each, after two that warm up
     micro_batch: Count | None = None      # sequences in one graph; all
     offload: bool = False                 # Adam's moments and A_prev on the host
-    config: Literal["llama-3.2-3b", "qwen2.5-3b", None] = None  # count the memory of this model instead
+    literal: bool = False                 # measure Algorithm 1 on transformers' model instead
+    config: Literal["llama-3.2-3b", "qwen2.5-3b", None] = None  # a model of this size instead
     out: str = "runs/bench.json"          # where the numbers go
 
 
@@ -91,6 +94,37 @@ def steps(model: LM, s: Settings, method: str, shared: list) -> Iterator[dict]:
     shared.append(state.optimizer)
     state.optimizer = shared[0]
     yield from ssiuu.unlearn(model, tokenizer, C_f, C_r, settings, state)
+
+
+def literal_steps(model: LM, s: Settings) -> Iterator[None]:
+    """Endless steps of Algorithm 1 line by line on transformers' model of the same config, random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    c = model.config
+    config = AutoConfig.for_model(c.model_type, vocab_size=c.vocab_size, hidden_size=c.hidden_size,
+                                  intermediate_size=c.intermediate_size, head_dim=c.head_dim,
+                                  num_hidden_layers=c.num_hidden_layers, tie_word_embeddings=True,
+                                  num_attention_heads=c.num_attention_heads,
+                                  num_key_value_heads=c.num_key_value_heads)
+    other = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(s.device)
+    phi, size = list(other.parameters()), (2, s.batch_size, s.tokens)
+    ids = torch.randint(c.vocab_size, size, device=s.device)
+    optimizer, A_prev = torch.optim.AdamW(phi, lr=1e-6, weight_decay=0.0, fused=True), None
+
+    def logprob(b: torch.Tensor) -> torch.Tensor:
+        logits = other(b).logits[:, :-1].log_softmax(-1)
+        return logits.gather(2, b[:, 1:, None])[:, -ANSWER:, 0].sum(1)
+
+    while True:
+        logp_f, logp_r = map(logprob, ids)                                     # l.2 to l.4
+        g = torch.autograd.grad(logp_f.sum(), phi, create_graph=True)
+        A, L = [p * x for p, x in zip(phi, g)], logp_f.mean() - logp_r.mean()  # l.5
+        if A_prev:
+            L = L + 1e-3 * sum(((q - a)[a < 0] ** 2).sum() for a, q in zip(A, A_prev))
+        A_prev = [a.detach() for a in A]                                       # l.12
+        L.backward()                                                           # l.13
+        optimizer.step()                                                       # l.14
+        optimizer.zero_grad()
+        yield
 
 
 # ------------------------------------------------------- --config: what is alive at the peak, by name
@@ -214,29 +248,35 @@ def main() -> None:
     if s.tokens <= ANSWER + 1:
         raise ValueError(f"--tokens: found {s.tokens}, expected at least {ANSWER + 2}, {ANSWER} for y")
     ssiuu.item_scores = lambda model, tokenizer, C, size: [1.0] * len(C)
-    if s.config:
+    if s.config and s.device == "cpu":
         return count(s)
-    model, _ = load(s.model, device=s.device)
-    seconds, memory, n = {"gd": [], "ssiuu": []}, {"gd": [], "ssiuu": []}, 2 * s.batch_size * s.tokens
+    model = LM(CONFIGS[s.config]).to(s.device) if s.config else load(s.model, device=s.device)[0]
+    seconds, memory, n = {}, {}, 2 * s.batch_size * s.tokens
     running, shared = {}, []
-    for method in ["gd", "gd", "ssiuu", "ssiuu"] + ["gd", "ssiuu"] * s.rounds:
+    if s.literal:
+        running, order = {"literal": literal_steps(model, s)}, ["literal"] * (2 + s.rounds)
+        del model
+    else:
+        order = ["gd", "gd", "ssiuu", "ssiuu"] + ["gd", "ssiuu"] * s.rounds
+    for method in order:
         start, peak = time.time(), peak_memory(s.device)
         if method not in running:
             running[method] = steps(model, s, method, shared)
         next(running[method])
         if s.device.startswith("cuda"):
             torch.cuda.synchronize(s.device)
-        seconds[method].append(time.time() - start)
-        memory[method].append(peak())
-        print(f"{method:6} {seconds[method][-1]:6.2f} s  {n / seconds[method][-1]:6.0f} tokens/s  "
+        seconds.setdefault(method, []).append(time.time() - start)
+        memory.setdefault(method, []).append(peak())
+        print(f"{method:7} {seconds[method][-1]:6.2f} s  {n / seconds[method][-1]:6.0f} tokens/s  "
               f"{memory[method][-1]:5.2f} GB", flush=True)
+    result = {"model": s.config or s.model, "B": s.batch_size, "K": s.tokens, "micro_batch": s.micro_batch,
+              "offload": s.offload, "seconds": seconds, "GB": memory, **ssiuu.provenance()}
+    if s.literal:
+        return write_json(Path(s.out), result)
     ratios = [b / a for a, b in zip(seconds["gd"][2:], seconds["ssiuu"][2:])]
     # GD's memory is that before SSIUU's first step: a heap that has grown does not shrink again.
     more = max(memory["ssiuu"]) / max(memory["gd"][:2])
-    result = {"model": s.model, "B": s.batch_size, "K": s.tokens, "micro_batch": s.micro_batch,
-              "seconds": seconds, "GB": memory, "time_ratios": ratios, "memory_ratio": more,
-              **ssiuu.provenance()}
-    write_json(Path(s.out), result)
+    write_json(Path(s.out), result | {"time_ratios": ratios, "memory_ratio": more})
     print(f"SSIUU / GD, B={s.batch_size}, K={s.tokens}: time {statistics.median(ratios):.2f} "
           f"({min(ratios):.2f} to {max(ratios):.2f}, n={len(ratios)})  memory {more:.2f}")
 
