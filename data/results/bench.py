@@ -6,7 +6,7 @@
 
 Scoring FS is no part of a step and is left out. On the CPU memory is the peak of resident memory (Linux).
 With --config on the CPU the same steps run on tensors without data, and every byte that is alive at the peak
-is counted under the function of this project that made it. --literal measures Algorithm 1 by plain autograd on
+is counted under the function of this project that made it. --literal measures Algorithm 1 by autograd on
 transformers' model instead.
 """
 import math
