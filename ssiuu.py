@@ -157,7 +157,6 @@ class Settings(Scored):
     klue_share: Share = 0.1               # share of FFN neurons that KLUE updates (C.2 (6))
     no_attack: bool = False               # leave out the attacks; attack.py tunes them
     offload: bool = False                 # Adam's moments and A_prev wait in host memory: less on the GPU
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast: weights stay float32
     save_every: Count = 10                # steps between resumable states
     name: str | None = None               # results go to runs/<name>; <method>-<model>
     resume: str | None = None             # continue the run in this folder
@@ -648,9 +647,7 @@ def experiment(s: Settings, folder: Path) -> dict:
 def main() -> None:
     s = read_flags(Settings, __doc__)
     folder = Path(s.resume) if s.resume else new_folder(s)
-    kind, half = torch.device(s.device).type, s.dtype == "bfloat16"
-    # No cache: it would keep the cast weights of the first step.
-    with held(folder, new=not s.resume), torch.autocast(kind, torch.bfloat16, half, cache_enabled=False):
+    with held(folder, new=not s.resume):
         result = experiment(s, folder)
     rows = {"Default": result["before"], s.method: {**result["after"], "attacks": result["attacks"]}}
     print(f"\n{table(rows)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
