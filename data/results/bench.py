@@ -202,7 +202,7 @@ def alive_at_peak(config: Config, work: Callable[[LM], None]) -> dict[str, float
     with FakeTensorMode(allow_non_fake_inputs=True), Unread(alive), alive:
         model = LM(config)
         alive.names.update(dict.fromkeys(alive.names, "phi"))
-        alive.now = Counter({"phi": alive.now.total()})
+        alive.now, alive.peak = Counter({"phi": alive.now.total()}), Counter()
         work(model)
     device = on_device(alive.peak)
     found = {"device": device, "host": alive.peak.total() - device, **alive.peak}
