@@ -40,6 +40,7 @@ TINY = {
     "gd slowed": "--method gd --lr 1.2e-5",
     "ssiuu initial 0.03 positive": f"{INITIAL} --penalise positive",
     "ssiuu initial 0.03 over npo": f"{INITIAL} --backbone npo --beta 0.3",
+    "l2 initial 3": "--anchor initial --lam 3 --target weights --penalise all",
     "ssiuu previous 0.1": "--lam 0.1",
     "ssiuu initial 0.03 all": f"{INITIAL} --penalise all",
     "ssiuu initial 0.03 random": f"{INITIAL} --penalise random",
@@ -62,7 +63,7 @@ FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, gri
     "klue": ["--lr 1e-4", "--lr 2e-4"], "random": ["--lr 2e-4", "--lr 5e-4"],
     "ssiuu": [*(f"--lam {lam}" for lam in (0.03, 0.1, 0.3, 1)),
               *(f"--anchor initial --lam {lam}" for lam in (0.003, 0.01, 0.03, 0.1)),
-              *(f"--anchor initial --target weights --penalise all --lam {lam}" for lam in (0.1, 0.3, 1, 3)),
+              *(f"--anchor initial --target weights --penalise all --lam {lam}" for lam in (0.1, 0.3, 1, 3, 10)),
               "--lr 2e-5 --lam 0.3", "--lr 2e-5 --anchor initial --lam 0.03"],
 }.items() for more in grid}
 SCORES = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
