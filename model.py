@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime
 from functools import partial
@@ -21,7 +22,6 @@ import jinja2.sandbox
 import tokenizers
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -244,10 +244,8 @@ class Tokenizer:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with refusing(f"{path / 'tokenizer.json'}: not a readable tokenizer"):
             self.tokens = tokenizers.Tokenizer.from_str(read_text(path / "tokenizer.json"))
-        except Exception as e:  # the library raises bare Exception
-            raise ValueError(f"{path / 'tokenizer.json'}: not a readable tokenizer ({one_line(e)})") from None
         self.tokens.no_padding()
         self.tokens.no_truncation()
         self.special, self.template = special_tokens(path), chat_template(path)
@@ -294,22 +292,19 @@ class Tokenizer:
     def render(self, *turns: str) -> str:
         """The template with the user's turn, up to where the answer begins, or with both turns."""
         messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns)]
-        try:
+        with refusing(f"{self.path}: the chat template cannot be rendered"):
             return self.template.render(messages=messages, tools=None, documents=None, enable_thinking=False,
                                         add_generation_prompt=len(turns) == 1, **self.special)
-        except Exception as e:  # a template is someone's program: it can raise anything
-            raise ValueError(f"{self.path}: the chat template cannot be rendered ({one_line(e)})") from None
 
     def after_prompt(self) -> str:
         """The white space that the template puts between x and y: a space in Llama-2's and Mistral's."""
         prompt = self.render("Who?")
         if prompt == self.render("Why?"):
             raise ValueError(f"{self.path}: the chat template ignores the question")
-        try:
-            found = re.match(re.escape(prompt) + r"(\s*)Me", self.render("Who?", "Me"))
-        except ValueError:  # a template may want the user's turn last
-            return ""
-        return found[1] if found else ""
+        with suppress(ValueError):  # a template may want the user's turn last
+            if found := re.match(re.escape(prompt) + r"(\s*)Me", self.render("Who?", "Me")):
+                return found[1]
+        return ""
 
 def special_tokens(path: Path) -> dict[str, str]:
     """{"bos_token": "<s>", ...} of tokenizer_config.json, which templates may use."""
@@ -338,10 +333,8 @@ def chat_template(path: Path) -> jinja2.Template | None:
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     # {% generation %} marks text for a mask that is not needed here: a block that only opens a scope.
     source = re.sub(r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})", r"\1\2with\3", source)
-    try:
+    with refusing(f"{path}: the chat template cannot be read"):
         return env.from_string(source)
-    except Exception as e:
-        raise ValueError(f"{path}: the chat template cannot be read ({one_line(e)})") from None
 
 # ---------------------------------------------------------------------------------- reading and writing
 
@@ -399,6 +392,14 @@ def refuse(message: str):
 def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
+@contextmanager
+def refusing(what: str, kind: type = ValueError):
+    """Any error inside ends as one of the type `kind`, in one line: `what`, and the error in brackets."""
+    try:
+        yield
+    except Exception as e:  # bare Exception of tokenizers, many classes of the hub, anything of a template
+        raise kind(f"{what} ({one_line(e)})") from None
+
 def read_text(path: str | Path) -> str:
     """UTF-8 whatever the locale, without its byte-order mark. ValueError for other encodings."""
     try:
@@ -408,10 +409,8 @@ def read_text(path: str | Path) -> str:
 
 def parse(text: str, where: str | Path):
     """The JSON value in `text`. ValueError for anything else: NaN, Infinity, and nesting beyond all use."""
-    try:
+    with refusing(f"{where}: not JSON that can be read"):
         return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: not JSON that can be read ({e})") from None
 
 def read_json(path: Path, kind: type = dict, default=None):
     """The JSON value in `path`, which is a `kind`; `default`, if given, where there is no such file."""
@@ -451,10 +450,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for name in dict.fromkeys(check(name, Shard, f"{index}: weight_map has") for name in names):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path / name}: no such file; weights are read from safetensors only")
-        try:
+        with refusing(f"{path / name}: not a readable safetensors file"):
             tensors |= load_file(path / name)
-        except SafetensorError as e:
-            raise ValueError(f"{path / name}: not a readable safetensors file ({e})") from None
     # Old checkpoints carry RoPE's table, which follows from config.json.
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -463,10 +460,8 @@ def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tu
     OSError for what is missing, ValueError for what does not fit; each is one line that names the file."""
     path = Path(path_or_id)
     if not path.is_dir():
-        try:
+        with refusing(f"{path}: no directory, and no hub model to be fetched", OSError):
             path = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-        except Exception as e:  # the hub's errors span several libraries' classes
-            raise OSError(f"{path}: no directory, and no hub model to be fetched ({one_line(e)})") from None
     config, tensors = read_config(path), read_weights(path)
     for name, t in tensors.items():
         if not t.is_floating_point() or t.itemsize < 2 or not t.isfinite().all():
@@ -480,10 +475,8 @@ def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tu
         config.tie_word_embeddings = len(found) < 2 or torch.equal(*found)
     with torch.device("meta"):  # no memory and no initialisation: every parameter comes from the file
         model = LM(config)
-    try:
+    with refusing(f"{path}: weights do not fit config.json"):
         model.load_state_dict(tensors, assign=True)
-    except RuntimeError as e:
-        raise ValueError(f"{path}: weights do not fit config.json ({one_line(e)})") from None
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(True), Tokenizer(path)
