@@ -13,7 +13,6 @@ import re
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
@@ -248,23 +247,28 @@ class Tokenizer:
             self.tokens = tokenizers.Tokenizer.from_str(read_text(path / "tokenizer.json"))
         self.tokens.no_padding()
         self.tokens.no_truncation()
-        self.special, self.template = special_tokens(path), chat_template(path)
+        self.special, config = {}, read_json(path / "tokenizer_config.json", default={})
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
+            token = config.get(key)
+            token = token.get("content", token) if isinstance(token, dict) else token
+            if check(token, str | None, f"{path / 'tokenizer_config.json'}: {key} is"):
+                self.special[key] = token
+        self.template = chat_template(path, config.get("chat_template"))
         self.space = " " if self.template is None else self.after_prompt()
-        self.stop_ids = self.ends(read_config(path).vocab_size)
+        self.stop_ids = self.ends()
         self.end_id = self.stop_ids[0]
 
-    def ends(self, vocab_size: int) -> list[int]:
+    def ends(self) -> list[int]:
         """The eos_token's id, then eos_token_id of generation_config.json, or else of config.json."""
-        Id = Annotated[int, (f"a whole number below vocab_size {vocab_size}", lambda x: 0 <= x < vocab_size)]
-        found, end = [], self.special.get("eos_token")
+        size, found, end = read_config(self.path).vocab_size, [], self.special.get("eos_token")
+        Id = Annotated[int, (f"a whole number below vocab_size {size}", lambda x: 0 <= x < size)]
         for file in (self.path / "config.json", self.path / "generation_config.json"):
             ids = read_json(file, default={}).get("eos_token_id")
             check(ids, Id | tuple[Id, ...] | None, f"{file}: eos_token_id is")
             found = [ids] if isinstance(ids, int) else ids or found
         if end is not None:
             found = [self.tokens.token_to_id(end), *found]
-            check(found[0], Id, f"{self.path / 'tokenizer.json'}: the id of eos_token {end!r} is")
-        check(found, tuple[Id, ...], f"{self.path}: eos_token_id of generation_config.json or config.json is")
+        check(found, tuple[Id, ...], f"{self.path}: eos_token {end!r} in tokenizer.json and eos_token_id give")
         return list(dict.fromkeys(found))
 
     def encode(self, text: str) -> list[int]:
@@ -306,31 +310,20 @@ class Tokenizer:
                 return found[1]
         return ""
 
-def special_tokens(path: Path) -> dict[str, str]:
-    """{"bos_token": "<s>", ...} of tokenizer_config.json, which templates may use."""
-    file, tokens = path / "tokenizer_config.json", {}
-    for key, value in read_json(file, default={}).items():
-        if key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
-            value = value.get("content", value) if isinstance(value, dict) else value
-            tokens[key] = check(value, str | None, f"{file}: {key} is")
-    return {key: token for key, token in tokens.items() if token}
-
-def chat_template(path: Path) -> jinja2.Template | None:
-    """In the environment of transformers' apply_chat_template, but for the date that Llama 3 tells the model:
-    here it is always 26 July 2024, so that runs repeat."""
-    file = path / "tokenizer_config.json"
-    source = read_json(file, default={}).get("chat_template")
-    if (path / "chat_template.jinja").is_file():  # goes before the other
+def chat_template(path: Path, source) -> jinja2.Template | None:
+    """chat_template.jinja or else `source`, in the environment of transformers' apply_chat_template, but for
+    the date that Llama 3 tells the model: here it is always 26 July 2024, so that runs repeat."""
+    if (path / "chat_template.jinja").is_file():
         source = read_text(path / "chat_template.jinja")
     if isinstance(source, list):  # of named ones
-        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
-        source = named[0].get("template", named) if named else source
-    if check(source, str | None, f"{file}: chat_template is") is None:
+        named = [t.get("template", t) for t in source if isinstance(t, dict) and t.get("name") == "default"]
+        source = named[0] if named else source
+    if check(source, str | None, f"{path / 'tokenizer_config.json'}: chat_template is") is None:
         return None
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                        extensions=["jinja2.ext.loopcontrols"])
     env.globals |= {"raise_exception": refuse, "strftime_now": datetime(2024, 7, 26).strftime}
-    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    env.filters["tojson"] = lambda x, **form: json.dumps(x, ensure_ascii=False, **form)
     # {% generation %} marks text for a mask that is not needed here: a block that only opens a scope.
     source = re.sub(r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})", r"\1\2with\3", source)
     with refusing(f"{path}: the chat template cannot be read"):
@@ -483,19 +476,17 @@ def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tu
 
 def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
     """Writes a checkpoint directory that `load` and transformers read; each file whole or not at all."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-             "unlearn.json")
-    files = {file.name: file.read_bytes() for file in map(tokenizer.path.joinpath, names) if file.is_file()}
-    config = {key: value for key, value in model.config.raw.items() if key != "torch_dtype"} | {
-        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-        "tie_word_embeddings": model.config.tie_word_embeddings}
-    files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    for name in set(names) - set(files):  # an older checkpoint's: it would change how this one is read
-        (path / name).unlink(missing_ok=True)
-    for name, content in files.items():
-        write(path / name, content)
+    path, config = Path(path), dict(model.config.raw)
+    config.pop("torch_dtype", None)  # the older name of dtype
+    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    config["tie_word_embeddings"] = model.config.tie_word_embeddings
+    write_json(path / "config.json", config)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+                 "unlearn.json"):
+        if (tokenizer.path / name).is_file():
+            write(path / name, (tokenizer.path / name).read_bytes())
+        else:  # an older checkpoint's: it would change how this one is read
+            (path / name).unlink(missing_ok=True)
     write_tensors(path / "model.safetensors", dict(model.named_parameters()))
 
 def write(path: Path, content: bytes) -> None:
