@@ -1,7 +1,6 @@
 """The language model: a hand-written Llama / Qwen2 / Qwen3 decoder that reads Hugging Face checkpoints.
 
-Parameters carry Hugging Face's own names in Hugging Face's order, and RoPE rotates split halves as
-theirs does, so loading renames and permutes nothing, and phi here is phi in any other codebase.
+Parameters have Hugging Face's names, order and layout: phi here is phi in any other codebase.
 
 Dimensions: B sequences, K tokens (as in Eq. 1), V vocabulary, D hidden size,
             H query heads, G key/value heads, d head size.
@@ -153,7 +152,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 class LM(nn.Module):
-    """A causal language model: `LM(config)(ids)`, (B, K) long -> (B, K, V) logits. Padding is right."""
+    """`LM(config)(ids)`: (B, K) long -> (B, K, V) logits. Causal masking hides padding, which is right."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -169,9 +168,8 @@ class LM(nn.Module):
 
     def hidden(self, ids: Tensor, positions: Tensor | None = None, cache: list | None = None,
                blocks: int | None = None) -> Tensor:
-        """(B, K) -> (B, K, D), after the last norm, or after the first `blocks` blocks without it. `cache`:
-        one (keys, values) pair of (B, K', G, d) a layer, written at `positions` (B, K). Causal masking alone
-        hides right padding: a pad never precedes a token."""
+        """(B, K) -> (B, K, D), after the last norm, or after the first `blocks` blocks without it.
+        `cache`: a (keys, values) pair of (B, K', G, d) a layer, written at `positions` (B, K)."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)
@@ -189,11 +187,8 @@ class LM(nn.Module):
         return self.lm_head(self.hidden(ids))
 
 def vocabulary_logprob(model: LM, batch, h: Tensor | None = None) -> Tensor:  # -> (N, V)
-    """log P of every token at each of the N answer positions, row by row, from the last hidden states or `h`.
-
-    The one place that shifts labels: position t-1 predicts token t. Logits are formed at answer positions
-    only, because (B, K, V) would be the largest tensor in memory.
-    """
+    """log P of every token at each of the N answer positions, row by row, from `h`, the last hidden states.
+    The one place that shifts labels: position t-1 predicts token t. (B, K, V) would take most memory."""
     h = model.hidden(batch.ids) if h is None else h                                     # (B, K, D)
     logits = model.lm_head(h[:, :batch.ids.shape[1] - 1][batch.answer[:, 1:]])
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -238,8 +233,8 @@ def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, stop_ids:
 # -------------------------------------------------------------------------------------- the tokenizer
 
 class Tokenizer:
-    """tokenizer.json as transformers' PreTrainedTokenizerFast reads it, the chat template and the end tokens:
-    `stop_ids` end a generation, and `end_id` is the one that training appends to an answer."""
+    """tokenizer.json as transformers' PreTrainedTokenizerFast reads it, and the chat template.
+    `stop_ids` end a generation; `end_id` is the one that training appends to an answer."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -272,8 +267,7 @@ class Tokenizer:
         return list(dict.fromkeys(found))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` inside a longer text: behind an anchor, which is then cut off, because tokenizers
-        of Llama-2's kind put a space before all that they are given."""
+        """The ids of `text` inside a longer text: behind an anchor, since Llama-2's kind adds a space first."""
         for anchor in ("\n", ":"):  # the second where the first is no token or grows together with the text
             head, ids = (self.tokens.encode(t, add_special_tokens=False).ids for t in (anchor, anchor + text))
             if len(ids) > len(head) and ids[:len(head)] == head:
@@ -311,8 +305,7 @@ class Tokenizer:
         return ""
 
 def chat_template(path: Path, source) -> jinja2.Template | None:
-    """chat_template.jinja or else `source`, in the environment of transformers' apply_chat_template, but for
-    the date that Llama 3 tells the model: here it is always 26 July 2024, so that runs repeat."""
+    """chat_template.jinja or else `source`, in the environment of transformers' apply_chat_template."""
     if (path / "chat_template.jinja").is_file():
         source = read_text(path / "chat_template.jinja")
     if isinstance(source, list):  # of named ones
@@ -322,7 +315,8 @@ def chat_template(path: Path, source) -> jinja2.Template | None:
         return None
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                        extensions=["jinja2.ext.loopcontrols"])
-    env.globals |= {"raise_exception": refuse, "strftime_now": datetime(2024, 7, 26).strftime}
+    date = datetime(2024, 7, 26)  # Llama 3 tells the model the date: a fixed one, so that runs repeat
+    env.globals |= {"raise_exception": refuse, "strftime_now": date.strftime}
     env.filters["tojson"] = lambda x, **form: json.dumps(x, ensure_ascii=False, **form)
     # {% generation %} marks text for a mask that is not needed here: a block that only opens a scope.
     source = re.sub(r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})", r"\1\2with\3", source)
@@ -335,9 +329,8 @@ NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true 
          list: "a list", NoneType: "null"}
 
 def wanted(value, kind) -> str:
-    """"" where `value` is of the type `kind`, else in words what was expected. Annotated[type, (words, test)]
-    carries a range; a tuple[type, ...] takes a list; int and float take no bool, float takes a finite int;
-    str takes no lone surrogate, as no tokenizer does."""
+    """"" where `value` is of the type `kind`, else what was expected. Annotated[type, (words, test)] has a
+    range, tuple[type, ...] is a list, a bool is no number, a finite int is a float."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         words, test = args[1]
@@ -352,23 +345,22 @@ def wanted(value, kind) -> str:
         return "" if ok else f"a list, each {wanted(object(), args[0])}"
     if kind is float:
         ok = type(value) in (int, float) and abs(value) <= 1e308  # false for NaN; a huge int would overflow
-    else:
+    else:  # no tokenizer takes a lone surrogate
         ok = type(value) is kind and not (kind is str and re.search("[\ud800-\udfff]", value))
     return "" if ok else NAMES[kind]
 
 def check(value, kind, where: str):
-    """`value`, if it is wanted(); else ValueError in one line: `where`, what was found, what was expected."""
+    """`value`, if it is wanted(); else ValueError: `where`, what was found, what was expected."""
     if expected := wanted(value, kind):
         raise ValueError(f"{where} {value!r:.80}, expected {expected}")
     return value
 
 def fill(kind: type, values: dict, where: str | Path, ignore: bool = False):
-    """`kind(**values)` for a dataclass, each value of its field's type: lists as tuples, ints for floats as
-    floats. ValueError as of check(), and for a key that is missing or, unless `ignore`, unknown."""
+    """`kind(**values)` for a dataclass, each value check()ed: lists as tuples, ints for floats as floats.
+    ValueError for a key that is missing or, unless `ignore`, unknown."""
     types, found = get_type_hints(kind, include_extras=True), {}
-    unknown = [key for key in values if key not in types]
-    if unknown and not ignore:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}, expected any of {', '.join(types)}")
+    if not ignore and (unknown := values.keys() - types.keys()):
+        raise ValueError(f"{where}: unknown key {min(unknown)!r}, expected any of {', '.join(types)}")
     for f in fields(kind):
         if f.name in values:
             value = check(values[f.name], types[f.name], f"{where}: {f.name} is")
@@ -415,7 +407,7 @@ def read_json(path: Path, kind: type = dict, default=None):
     return value
 
 def read_config(path: Path) -> Config:
-    """Reads `path`/config.json. ValueError for anything that this decoder would get wrong."""
+    """`path`/config.json. ValueError for anything that this decoder would get wrong."""
     file = path / "config.json"
     raw = read_json(file)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -449,8 +441,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tuple[LM, Tokenizer]:
-    """Loads a checkpoint directory, or a Hugging Face hub id such as meta-llama/Llama-3.2-3B-Instruct.
-    OSError for what is missing, ValueError for what does not fit; each is one line that names the file."""
+    """Loads a directory or a hub id such as meta-llama/Llama-3.2-3B-Instruct. OSError for what is missing,
+    ValueError for what does not fit, in one line that names the file."""
     path = Path(path_or_id)
     if not path.is_dir():
         with refusing(f"{path}: no directory, and no hub model to be fetched", OSError):
@@ -459,7 +451,7 @@ def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tu
     for name, t in tensors.items():
         if not t.is_floating_point() or t.itemsize < 2 or not t.isfinite().all():
             raise ValueError(f"{path}: {name} is {t.dtype}, expected finite bfloat16, float16 or float32")
-    tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
+        tensors[name] = t.to(device=device, dtype=dtype)
     if config.tie_word_embeddings:
         # As in transformers: the file may call the one matrix either or both, and two that differ stay two.
         names = ["model.embed_tokens.weight", "lm_head.weight"]
