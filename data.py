@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from model import LM, NAMES, Tokenizer, check, parse, read_text, wanted
+from model import LM, NAMES, Tokenizer, check, parse, read_text, refusing, wanted
 
 @dataclass
 class Example:
@@ -25,6 +25,7 @@ class Example:
     answers: list[str]                                      # the first is y; each is accepted when scoring
     false_options: list[str] = field(default_factory=list)  # two in FaithUn, none in TOFU, Alpaca and GSM8K
     where: str = field(default="", compare=False)           # its file and row, for messages
+    entity: str = field(default="", compare=False)          # FaithUn's: its Wikidata id
     relation: str = field(default="", compare=False)        # our FaithUn's "country", "country > capital"
 
 @dataclass
@@ -40,7 +41,6 @@ class Batch:
 # ------------------------------------------------------------------------------------------------ files
 
 Text = Annotated[str | int | float, ("text or a number", lambda x: str(x).strip())]
-ROW_KEYS = {"question", "instruction", "ctx", "sentence"}  # each row of the files below has one of these
 
 def text(row: dict, key: str, where: str) -> str:
     """row[key], a number as its digits. ValueError for other types, blanks and lone surrogates."""
@@ -63,17 +63,16 @@ def read_values(path: str | Path):
 def load_rows(path: str | Path) -> list[tuple[str, dict]]:
     """(file and row, row) for each object in a JSON list or in JSON lines, or each row of MMLU's bare CSV."""
     if Path(path).suffix == ".csv":
-        try:  # restkey: a row that is too long gets a list for its last value, which is no text
-            lines = io.StringIO(read_text(path))
-            rows = list(csv.DictReader(lines, ("question", *"ABCD", "answer"), restkey="answer", strict=True))
-        except csv.Error as e:
-            raise ValueError(f"{path}: not CSV ({e})") from None
+        lines, names = io.StringIO(read_text(path)), ("question", *"ABCD", "answer")
+        with refusing(f"{path}: not CSV"):  # restkey: a row that is too long gets a list, which is no text
+            rows = list(csv.DictReader(lines, names, restkey="answer", strict=True))
     else:
         rows = read_values(path)
-        rows = [rows] if isinstance(rows, dict) and ROW_KEYS.intersection(rows) else rows
+    if isinstance(rows, dict) and any(not isinstance(value, dict) for value in rows.values()):
+        rows = [rows]  # a single line
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: found {NAMES[type(rows)]}, {str(rows)[:60]}, expected rows with any of "
-                         f"{', '.join(sorted(ROW_KEYS))}; FaithUn's object is read without --retain")
+        raise ValueError(f"{path}: found {NAMES[type(rows)]}, {str(rows)[:60]}, expected rows; "
+                         "FaithUn's object is read without --retain")
     if not rows:
         raise ValueError(f"{path}: found no rows, expected at least one")
     return [(f"{path}: row {i}", check(row, dict, f"{path}: row {i} is")) for i, row in enumerate(rows, 1)]
@@ -95,54 +94,49 @@ def load_alpaca(path: str | Path) -> list[Example]:
         examples.append(Example(question, [text(row, "output", where)], where=where))
     return examples
 
-def faithun_example(row: dict, where: str) -> Example:
-    relation = check(row, dict, f"{where} is").get("relation")
-    e = Example(text(row, "question", where).strip(), texts(row, "answers", where),
-                texts(row, "false_answer_options", where)[:2], where)
-    e.relation = relation if isinstance(relation, str) else ""  # upstream's file may hold anything there
-    options = {normalise(option) for option in e.false_options}
-    if len(options) < 2 or not options.isdisjoint(map(normalise, e.answers)):
-        raise ValueError(f"{where}: found answers {e.answers} and false_answer_options {e.false_options}, "
+def faithun_example(where: str, row: dict, entity: str) -> Example:
+    question = text(check(row, dict, f"{where} is"), "question", where).strip()
+    answers, options = texts(row, "answers", where), texts(row, "false_answer_options", where)[:2]
+    unlike = {normalise(option) for option in options}
+    if len(unlike) < 2 or not unlike.isdisjoint(map(normalise, answers)):
+        raise ValueError(f"{where}: found answers {answers} and false_answer_options {options}, "
                          "expected two false ones, unlike each other and every answer")
-    return e
+    relation = row.get("relation")
+    relation = relation if isinstance(relation, str) else ""  # upstream's file may hold anything there
+    return Example(question, answers, options, where, entity, relation)
 
-def load_entities(path: str | Path, parts: tuple[str, ...]) -> list[dict[str, list[Example]]]:
-    """FaithUn's file, {Wikidata id: {part: questions}}, as {part: examples} of each entity in file order.
+def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
+    """Every entity's questions of `part`: hop1_unlearn (the facts that the split files number), hop1_test
+    (paraphrased), hop2_test (multi-hop) or same_object (same answer).
 
-    `questions` is a list of objects with a `question`, or an object keyed by the question: upstream does not
-    document which. Each has `answers` and `false_answer_options`; `relation` is ours.
-    """
-    values, entities = read_values(path), []
+    The file: {Wikidata id: {part: questions}}, questions a list of objects, or an object keyed by the
+    question, since upstream does not document which."""
+    values, examples = read_values(path), []
     for name, entity in values.items() if isinstance(values, dict) else [("the file", values)]:
         if not isinstance(entity, dict):
             raise ValueError(f"{path}: {name!r} is {NAMES[type(entity)]}, expected an object of FaithUn's "
                              "entities; rows such as TOFU's need --retain")
-        entities.append({})
-        for part in parts:
-            rows = entity.get(part)
-            if isinstance(rows, dict):
-                rows = [row | {"question": q} if isinstance(row, dict) else row for q, row in rows.items()]
-            if not isinstance(rows, list):
-                raise ValueError(f"{path}: {name!r} has {', '.join(entity) or 'nothing'}, expected {part}")
-            entities[-1][part] = [faithun_example(row, f"{path}: {part}[{i}] of {name!r}")
-                                  for i, row in enumerate(rows)]
-    return entities
-
-def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
-    """Every entity's questions of `part`: hop1_unlearn (the facts that the split files number), hop1_test
-    (paraphrased), hop2_test (multi-hop) or same_object (same answer)."""
-    return [e for entity in load_entities(path, (part,)) for e in entity[part]]
+        rows = entity.get(part)
+        if isinstance(rows, dict):
+            rows = [row | {"question": q} if isinstance(row, dict) else row for q, row in rows.items()]
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: {name!r} has {', '.join(entity) or 'nothing'}, expected {part}")
+        for i, row in enumerate(rows):
+            examples.append(faithun_example(f"{path}: {part}[{i}] of {name!r}", row, name))
+    return examples
 
 def related(path: str | Path, part: str, without: Collection[str] = ()) -> list[list[Example]]:
     """For each fact of hop1_unlearn its entity's questions of `part` that belong to it, none of `without`:
     of hop2_test those that start from its relation, all where there is none; else those with its answer."""
     def belongs(e: Example, fact: Example) -> bool:
+        if e.entity != fact.entity or e.question in without:
+            return False
         if part == "hop2_test":
             return not (e.relation and fact.relation) or e.relation.startswith(f"{fact.relation} >")
         return not {normalise(a) for a in e.answers}.isdisjoint(map(normalise, fact.answers))
 
-    return [[e for e in entity[part] if e.question not in without and belongs(e, fact)]
-            for entity in load_entities(path, ("hop1_unlearn", part)) for fact in entity["hop1_unlearn"]]
+    questions = load_faithun(path, part)
+    return [[e for e in questions if belongs(e, fact)] for fact in load_faithun(path)]
 
 # ---------------------------------------------------------------------------------------- utility tasks
 
@@ -194,22 +188,21 @@ def winogrande(where: str, row: dict) -> Example:
             raise ValueError(f"{where}: found {key} {row[key]!r:.80}, expected words of the sentence")
     return choice(before, options, pick(row, "answer", ["1", "2"], "1 or 2", where), where)
 
-def load_utility(folder: str | Path) -> dict[str, list[Example]]:
-    """{task: examples} for those of the seven tasks that `folder` has, in upstream's formats. ValueError for
-    none and for a row that is not upstream's."""
-    def task(pattern, reader):
-        return [reader(*row) for path in sorted(Path(folder).glob(pattern)) for row in load_rows(path)]
+TASKS = {"mmlu": ("mmlu/*.csv", mmlu), "gsm8k": ("gsm8k_test.jsonl", gsm8k),
+         "hellaswag": ("hellaswag_val.jsonl", hellaswag), "arc": ("ARC-Challenge-Test.jsonl", arc),
+         "winogrande": ("winogrande_dev.jsonl", winogrande),
+         "real_authors": ("real_authors.json", plain), "world_facts": ("world_facts.json", plain)}
 
-    tasks = {"mmlu": task("mmlu/*.csv", mmlu), "gsm8k": task("gsm8k_test.jsonl", gsm8k),
-             "hellaswag": task("hellaswag_val.jsonl", hellaswag),
-             "arc": task("ARC-Challenge-Test.jsonl", arc),
-             "winogrande": task("winogrande_dev.jsonl", winogrande),
-             "real_authors": task("real_authors.json", plain), "world_facts": task("world_facts.json", plain)}
-    if not any(tasks.values()):
-        raise ValueError(f"{folder}: no utility task, expected any of mmlu/*.csv, gsm8k_test.jsonl, "
-                         "hellaswag_val.jsonl, ARC-Challenge-Test.jsonl, winogrande_dev.jsonl, "
-                         "real_authors.json, world_facts.json")
-    return {name: examples for name, examples in tasks.items() if examples}
+def load_utility(folder: str | Path) -> dict[str, list[Example]]:
+    """{task: examples} for those of TASKS that `folder` has, in upstream's formats. ValueError for none."""
+    tasks = {}
+    for name, (pattern, reader) in TASKS.items():
+        for path in sorted(Path(folder).glob(pattern)):
+            tasks.setdefault(name, []).extend(reader(*row) for row in load_rows(path))
+    if not tasks:
+        files = ", ".join(pattern for pattern, _ in TASKS.values())
+        raise ValueError(f"{folder}: no utility task, expected any of {files}")
+    return tasks
 
 # ---------------------------------------------------------------------------------------------- splits
 
@@ -221,23 +214,22 @@ def split(examples: list, folder: str | Path, fold: int = 0) -> tuple[list, list
     Fold k >= 1 is ours: as many facts to forget, which no other fold forgets, the published one included; and
     retain and test sets of the published sizes out of all the others.
     """
-    index, parts, seen = {str(i): i for i in range(len(examples))}, [], set()
+    n, left, parts = len(examples), {str(i): i for i in range(len(examples))}, []
     for name in ("forget_set_split.txt", "retaining_set_split.txt", "test_set_split.txt"):
-        words = read_text(Path(folder) / name).replace(",", " ").split()
-        for word in words or ["no index"]:
-            if word not in index or word in seen:
-                raise ValueError(f"{Path(folder) / name}: found {word}, expected indices from 0 to "
-                                 f"{len(index) - 1}, none of which repeats in the three files")
-            seen.add(word)
-        parts.append([index[word] for word in words])
+        parts.append([])
+        for word in read_text(Path(folder) / name).replace(",", " ").split() or ["no index"]:
+            if word not in left:
+                raise ValueError(f"{Path(folder) / name}: found {word}, expected indices from 0 to {n - 1}, "
+                                 "none of which repeats in the three files")
+            parts[-1].append(left.pop(word))
     forget, retain, test = parts
-    free = [i for i in index.values() if i not in forget]
+    free = [i for i in range(n) if i not in forget]
     if not 0 <= fold <= len(free) // len(forget):
         raise ValueError(f"fold is {fold}, expected 0 to {len(free) // len(forget)}")
     if fold:
         random.Random(SEED).shuffle(free)
         forget = free[(fold - 1) * len(forget):fold * len(forget)]
-        rest = [i for i in index.values() if i not in forget]
+        rest = [i for i in range(n) if i not in forget]
         rest = random.Random(f"{SEED} {fold}").sample(rest, len(retain) + len(test))
         retain, test = rest[:len(retain)], rest[len(retain):]
     return tuple([examples[i] for i in part] for part in (forget, retain, test))
@@ -287,11 +279,9 @@ def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example]) -> None
     places, size = model.config.max_position_embeddings or math.inf, model.config.vocab_size
     for e in examples:
         questions = [e.question, mcqa_prompt(e, random.Random(0))] if e.false_options else [e.question]
-        try:
+        with refusing(f"{e.where}: cannot be tokenised"):  # a lone surrogate; a template that refuses
             prompts = [tokenizer.prompt(question) for question in questions]
             answers = [tokenizer.answer(option) for option in (*e.answers, *e.false_options)]
-        except (TypeError, ValueError) as error:  # a lone surrogate; a template that refuses
-            raise ValueError(f"{e.where}: cannot be tokenised ({error})") from None
         length, last = max(map(len, prompts)) + max(map(len, answers)), max(map(max, prompts + answers))
         if length > places or last >= size:
             raise ValueError(f"{e.where}: found {length} tokens with ids up to {last}, expected no more than "
