@@ -53,26 +53,25 @@ def texts(row: dict, key: str, where: str) -> list[str]:
     return [text({key: value}, key, where).strip() for value in values]
 
 def read_values(path: str | Path):
-    """The JSON value in `path`, or those of its lines as a list, where the first line is an object."""
+    """The JSON value in `path`; a list of JSON lines where the first is an object, or of MMLU's CSV rows."""
     content = read_text(path)
+    if Path(path).suffix == ".csv":
+        names = ("question", *"ABCD", "answer")
+        with refusing(f"{path}: not CSV"):  # restkey: a row that is too long gets a list, which is no text
+            return list(csv.DictReader(io.StringIO(content), names, restkey="answer", strict=True))
     lines = [line for line in content.split("\n") if line.strip()]
     if len(lines) > 1 and re.fullmatch(r"\s*{.*}\s*", lines[0]):
         return [parse(line, f"{path}: row {i}") for i, line in enumerate(lines, 1)]
     return parse(content, path) if lines else []
 
 def load_rows(path: str | Path) -> list[tuple[str, dict]]:
-    """(file and row, row) for each object in a JSON list or in JSON lines, or each row of MMLU's bare CSV."""
-    if Path(path).suffix == ".csv":
-        lines, names = io.StringIO(read_text(path)), ("question", *"ABCD", "answer")
-        with refusing(f"{path}: not CSV"):  # restkey: a row that is too long gets a list, which is no text
-            rows = list(csv.DictReader(lines, names, restkey="answer", strict=True))
-    else:
-        rows = read_values(path)
+    """(file and row, row) for each object of a list or of lines."""
+    rows = read_values(path)
     if isinstance(rows, dict) and any(not isinstance(value, dict) for value in rows.values()):
-        rows = [rows]  # a single line
+        rows = [rows]  # a single line, since FaithUn's object holds objects
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: found {NAMES[type(rows)]}, {str(rows)[:60]}, expected rows; "
-                         "FaithUn's object is read without --retain")
+        raise ValueError(f"{path}: found {NAMES[type(rows)]}, {str(rows)[:60]}, expected rows, a list or lines "
+                         "of objects; FaithUn's object is read without --retain")
     if not rows:
         raise ValueError(f"{path}: found no rows, expected at least one")
     return [(f"{path}: row {i}", check(row, dict, f"{path}: row {i} is")) for i, row in enumerate(rows, 1)]
@@ -107,10 +106,8 @@ def faithun_example(where: str, row: dict, entity: str) -> Example:
 
 def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
     """Every entity's questions of `part`: hop1_unlearn (the facts that the split files number), hop1_test
-    (paraphrased), hop2_test (multi-hop) or same_object (same answer).
-
-    The file: {Wikidata id: {part: questions}}, questions a list of objects, or an object keyed by the
-    question, since upstream does not document which."""
+    (paraphrased), hop2_test (multi-hop) or same_object (same answer). The file: {Wikidata id: {part: rows}},
+    or {question: row} for rows, since upstream does not document which."""
     values, examples = read_values(path), []
     for name, entity in values.items() if isinstance(values, dict) else [("the file", values)]:
         if not isinstance(entity, dict):
@@ -178,12 +175,11 @@ def arc(where: str, row: dict) -> Example:
     return choice(f"Question: {text(question, 'stem', where)}\nAnswer:", options, right, where)
 
 def winogrande(where: str, row: dict) -> Example:
-    sentence, options = text(row, "sentence", where), []
-    before, *after = sentence.split("_")
-    if len(after) != 1:
-        raise ValueError(f"{where}: found sentence {sentence!r:.80}, expected one with one _")
+    Sentence = Annotated[str, ("one with one _", lambda x: x.count("_") == 1)]
+    sentence, options = check(row.get("sentence"), Sentence, f"{where}: found sentence"), []
+    before, after = sentence.split("_")
     for key in ("option1", "option2"):
-        options.append(text(row, key, where) + after[0])
+        options.append(text(row, key, where) + after)
         if text(row, key, where).casefold() not in sentence.casefold():
             raise ValueError(f"{where}: found {key} {row[key]!r:.80}, expected words of the sentence")
     return choice(before, options, pick(row, "answer", ["1", "2"], "1 or 2", where), where)
@@ -210,10 +206,8 @@ SEED = 20260923  # of every fold: a result is a result on these sets, so it neve
 
 def split(examples: list, folder: str | Path, fold: int = 0) -> tuple[list, list, list]:
     """C_f, C_r, C_t by FaithUn's published files of 0-based indices (C.1: 5, 10 and 70 %).
-
-    Fold k >= 1 is ours: as many facts to forget, which no other fold forgets, the published one included; and
-    retain and test sets of the published sizes out of all the others.
-    """
+    Fold k >= 1 is ours: as many facts to forget, which no other fold forgets, the published one included;
+    retain and test sets of the published sizes out of all the others."""
     n, left, parts = len(examples), {str(i): i for i in range(len(examples))}, []
     for name in ("forget_set_split.txt", "retaining_set_split.txt", "test_set_split.txt"):
         parts.append([])
