@@ -48,9 +48,8 @@ def text(row: dict, key: str, where: str) -> str:
 
 def texts(row: dict, key: str, where: str) -> list[str]:
     """row[key], one text or a list of them, stripped."""
-    values = row.get(key)
-    values = values if isinstance(values, list) and values else [values]
-    return [text({key: value}, key, where).strip() for value in values]
+    found = check(row.get(key), Text | tuple[Text, ...], f"{where}: found {key}")
+    return [str(each).strip() for each in (found if isinstance(found, list) else [found])]
 
 def read_values(path: str | Path):
     """The JSON value in `path`; a list of JSON lines where the first is an object, or of MMLU's CSV rows."""
@@ -170,7 +169,8 @@ def arc(where: str, row: dict) -> Example:
     question = row.get("question")
     if wanted(question, dict) or wanted(question.get("choices"), tuple[dict, ...]):
         raise ValueError(f"{where}: found question {question!r:.40}, expected an object of stem and choices")
-    labels, options = [[text(c, key, where) for c in question["choices"]] for key in ("label", "text")]
+    labels = [text(c, "label", where) for c in question["choices"]]
+    options = [text(c, "text", where) for c in question["choices"]]
     right = pick(row, "answerKey", labels, f"one of {', '.join(labels)}", where)
     return choice(f"Question: {text(question, 'stem', where)}\nAnswer:", options, right, where)
 
@@ -213,8 +213,7 @@ def split(examples: list, folder: str | Path, fold: int = 0) -> tuple[list, list
         parts.append([])
         for word in read_text(Path(folder) / name).replace(",", " ").split() or ["no index"]:
             if word not in left:
-                raise ValueError(f"{Path(folder) / name}: found {word}, expected indices from 0 to {n - 1}, "
-                                 "none of which repeats in the three files")
+                raise ValueError(f"{Path(folder) / name}: found {word}, expected 0 to {n - 1}; no index repeats")
             parts[-1].append(left.pop(word))
     forget, retain, test = parts
     free = [i for i in range(n) if i not in forget]
@@ -229,8 +228,7 @@ def split(examples: list, folder: str | Path, fold: int = 0) -> tuple[list, list
     return tuple([examples[i] for i in part] for part in (forget, retain, test))
 
 def tofu_split(C_f: list, C_r: list, fold: int = 0) -> tuple[list, list]:
-    """Fold k >= 1 forgets other len(C_f) rows, for forget01 another two authors: C_r + C_f is TOFU's own
-    order, 20 rows an author."""
+    """Fold k >= 1 forgets other rows, for forget01 two authors: C_r + C_f is TOFU's order, 20 rows each."""
     n, rows = len(C_f), C_r + C_f
     starts = list(range(0, len(C_r) - n + 1, n))
     if not 0 <= fold <= len(starts):
