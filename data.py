@@ -69,8 +69,8 @@ def load_rows(path: str | Path) -> list[tuple[str, dict]]:
     if isinstance(rows, dict) and any(not isinstance(value, dict) for value in rows.values()):
         rows = [rows]  # a single line, since FaithUn's object holds objects
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: found {NAMES[type(rows)]}, {str(rows)[:60]}, expected rows, a list or lines "
-                         "of objects; FaithUn's object is read without --retain")
+        raise ValueError(f"{path}: found {NAMES[type(rows)]}, {str(rows)[:60]}, expected rows, a list "
+                         "or lines of objects; FaithUn's object is read without --retain")
     if not rows:
         raise ValueError(f"{path}: found no rows, expected at least one")
     return [(f"{path}: row {i}", check(row, dict, f"{path}: row {i} is")) for i, row in enumerate(rows, 1)]
@@ -213,7 +213,7 @@ def split(examples: list, folder: str | Path, fold: int = 0) -> tuple[list, list
         parts.append([])
         for word in read_text(Path(folder) / name).replace(",", " ").split() or ["no index"]:
             if word not in left:
-                raise ValueError(f"{Path(folder) / name}: found {word}, expected 0 to {n - 1}; no index repeats")
+                raise ValueError(f"{Path(folder) / name}: found {word}, expected 0 to {n - 1}; none repeats")
             parts[-1].append(left.pop(word))
     forget, retain, test = parts
     free = [i for i in range(n) if i not in forget]

@@ -263,11 +263,11 @@ class Tokenizer:
             found = [ids] if isinstance(ids, int) else ids or found
         if end is not None:
             found = [self.tokens.token_to_id(end), *found]
-        check(found, tuple[Id, ...], f"{self.path}: eos_token {end!r} in tokenizer.json and eos_token_id give")
+        check(found, tuple[Id, ...], f"{self.path}: tokenizer.json's eos_token {end!r} and eos_token_id are")
         return list(dict.fromkeys(found))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` inside a longer text: behind an anchor, since Llama-2's kind adds a space first."""
+        """The ids of `text` inside a longer text: behind an anchor, as Llama-2's kind adds a first space."""
         for anchor in ("\n", ":"):  # the second where the first is no token or grows together with the text
             head, ids = (self.tokens.encode(t, add_special_tokens=False).ids for t in (anchor, anchor + text))
             if len(ids) > len(head) and ids[:len(head)] == head:
