@@ -20,7 +20,7 @@ from torch import nn
 from data import Example, batches, check_fits, collate, encode, load_alpaca
 from evaluate import Data, Rate, Share, accuracy, answered, cell, hooked, margin, markdown, read_flags
 from evaluate import refuse, run, splits_of, wilson
-from model import LM, Count, Natural, Tokenizer, answer_logprob, load, save
+from model import LM, Count, Natural, Tokenizer, answer_logprob, here, load, one_process, save
 
 Bits = Annotated[int, ("a whole number from 2 to 16", lambda x: 2 <= x <= 16)]
 
@@ -44,6 +44,7 @@ class Settings(Data):
 
 def projections(model: LM) -> list[nn.Linear]:
     """Every linear layer of the blocks: q, k, v, o, gate, up, down."""
+    one_process("LoRA, rounding (--attack-rank, --bits)")
     return [layer for name, layer in model.named_modules() if name.endswith("_proj")]
 
 
@@ -255,7 +256,8 @@ def summary(cells: list[dict]) -> dict:
 def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings) -> None:
     """Writes the model that the first p, rate and draw of the harmful attack end in, for evaluate.py
     --attacked."""
-    Path(s.save).mkdir(parents=True)  # what cannot be written ends before the work
+    if here()[0] == 0:
+        Path(s.save).mkdir(parents=True)  # what cannot be written ends before the work
     rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
     generator = torch.Generator().manual_seed(s.seed)
     lr, epochs = s.attack_lrs[0], s.attack_epochs

@@ -24,12 +24,12 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from data import Batch, Example, check_fits, collate, encode, load_faithun, load_tofu, load_utility
 from data import mcqa_prompt, normalise, related, split, tofu_split
-from model import LM, Count, Natural, Tokenizer, answer_logprob, fill, generate, load, read_json, wanted
-from model import write_json
+from model import LM, Count, Natural, Tokenizer, answer_logprob, fill, generate, here, load, one_process
+from model import read_json, wanted, write_json
 
 Share = Annotated[float, ("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Rate = Annotated[float, ("a number above 0 and below 1", lambda x: 0 < x < 1)]
@@ -285,6 +285,7 @@ def neuron_attribution(model: LM, batch: Batch, modules: tuple[str, ...] = MODUL
 
     Padding (where not batch.real()) has h but no influence: its A is 0.
     """
+    one_process("neuron attribution (KLUE, --before)")
     layers, h = {layer: name for name, layer in model.named_modules() if name.endswith(modules)}, {}
     with hooked(layers, lambda layer, _, out: h.update({layers[layer]: out})):
         P = answer_logprob(model, batch).exp()
@@ -571,6 +572,8 @@ def check_device(device: str) -> None:
     most = torch.cuda.device_count() if kind == "cuda" else 1
     if kind not in kinds or device.endswith(":") or index and index not in map(str, range(most)):
         refuse(f"--device: found {device!r}, expected {' or '.join(kinds)} on this machine")
+    if device == "cuda" and here()[1] > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def run(main: Callable[[], None]) -> None:
@@ -578,11 +581,20 @@ def run(main: Callable[[], None]) -> None:
     traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode costs no result
+    if distributed.is_available() and distributed.is_torchelastic_launched():  # by torchrun
+        distributed.init_process_group()
+    if here()[0]:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         main()
+        if here()[1] > 1:
+            distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except Exception as e:
+        if here()[0]:  # what ends all of them is said once: torchrun stops the others meanwhile
+            sys.stderr = sys.__stderr__
+            time.sleep(5)
         if "--traceback" in sys.argv:
             raise
         foreseen = (OSError, ValueError, FloatingPointError, SafetensorError, torch.OutOfMemoryError)

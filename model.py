@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import jinja2.sandbox
 import tokenizers
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -229,6 +230,83 @@ def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, stop_ids:
         last = model.hidden(steps[-1][:, None], (length + t)[:, None], cache)[:, 0]
     rows = torch.stack(steps, 1).tolist() if steps else [[] for _ in prompts]
     return [row[:next((i for i, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]
+
+# ---------------------------------------------------------------------------------- several processes
+# `torchrun --nproc-per-node n`: each has its heads, its FFN neurons, its part of D in embedding, head, norms.
+# No number of phi is held twice, so none can drift apart, and a sum over phi is a sum over processes.
+
+def here() -> tuple[int, int]:
+    """This process and how many there are: (0, 1) but under torchrun."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+def from_all(value) -> list:
+    """The value of each process, once all have come here."""
+    found = [value] * here()[1]
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+def one_process(what: str) -> None:
+    """Refuses under torchrun what slices of the weights would make wrong."""
+    check(here()[1], Literal[1], f"{what}: the number of processes is")
+
+class Copy(torch.autograd.Function):
+    """Before work that is done in parts: x as it is; its gradient is the sum of the parts'."""
+    forward = staticmethod(lambda ctx, x: x.view_as(x))
+    backward = staticmethod(lambda ctx, grad: Reduce.apply(grad))
+
+class Reduce(torch.autograd.Function):
+    """Behind it: the sum of the parts. The two are each other's backward, so H v (Eq. 14) is right too."""
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+    backward = staticmethod(lambda ctx, grad: Copy.apply(grad))
+
+# These are cut along their second axis, the input, D of the embedding; all else along its first, the output.
+SECOND = ("o_proj.weight", "down_proj.weight", "lm_head.weight", "embed_tokens.weight")
+
+def own(name: str, x: Tensor) -> Tensor:
+    """This process's slice of a parameter."""
+    i, n = here()
+    return x if n == 1 else x.tensor_split(n, int(name.endswith(SECOND)))[i].contiguous()
+
+def joined(name: str, x: Tensor) -> Tensor:
+    """The parameter of which each process gives its slice: whole in process 0, on the host."""
+    if here()[1] == 1:
+        return x
+    slices = [torch.empty_like(x) for _ in range(here()[1])]
+    dist.all_gather(slices, x)
+    return x if here()[0] else torch.cat(slices, int(name.endswith(SECOND))).cpu()
+
+def divide(model: LM) -> None:
+    """Cuts the parameters to this process's slices; sets Copy before, Reduce behind what is done in parts."""
+    def padded(x: Tensor) -> Tensor:  # (..., D/n) -> (..., D): the slice in its place among zeros
+        return nn.functional.pad(x, (i * x.shape[-1], (n - 1 - i) * x.shape[-1]))
+
+    def norm(layer: RMSNorm, heads: bool, x: Tensor) -> Tensor:
+        weight = Reduce.apply(padded(layer.weight))
+        weight = Copy.apply(weight) if heads else weight  # of q and k: each head gives a part of the gradient
+        return RMSNorm.forward(SimpleNamespace(weight=weight, eps=layer.eps), x)
+
+    i, n = here()
+    for name, p in model.named_parameters():
+        p.data = own(name, p.data)
+    for name, layer in model.named_modules():
+        if isinstance(layer, RMSNorm):
+            layer.forward = partial(norm, layer, name.endswith(("q_norm", "k_norm")))
+        if name.endswith(("o_proj", "down_proj")) and layer.bias is not None:  # once in the sum of the parts
+            layer.forward = lambda x, o=layer: nn.functional.linear(x, o.weight, padded(o.bias))
+        if isinstance(layer, Attention):
+            layer.H, layer.G = layer.H // n, layer.G // n
+        if isinstance(layer, (Attention, MLP)) or layer is model.lm_head:
+            layer.register_forward_pre_hook(lambda _, x: (Copy.apply(x[0]), *x[1:]))
+            layer.register_forward_hook(lambda _, x, y: Reduce.apply(y))
+    model.lm_head.register_forward_pre_hook(lambda _, x: x[0].tensor_split(n, -1)[i])
+    model.model.embed_tokens.register_forward_hook(lambda _, x, y: Reduce.apply(padded(y)))
+    model.config.num_key_value_heads //= n  # for the cache of prefill()
 
 # -------------------------------------------------------------------------------------- the tokenizer
 
@@ -447,19 +525,23 @@ def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tu
     if not path.is_dir():
         with refusing(f"{path}: no directory, and no hub model to be fetched", OSError):
             path = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    config, tensors = read_config(path), read_weights(path)
+    config, tensors, n = read_config(path), read_weights(path), here()[1]
+    for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_size"):
+        check(getattr(config, key) % n, Literal[0], f"{path}: {key} % {n} processes is")
     for name, t in tensors.items():
         if not t.is_floating_point() or t.itemsize < 2 or not t.isfinite().all():
             raise ValueError(f"{path}: {name} is {t.dtype}, expected finite bfloat16, float16 or float32")
-        tensors[name] = t.to(device=device, dtype=dtype)
+        tensors[name] = own(name, t).to(device=device, dtype=dtype)
     if config.tie_word_embeddings:
         # As in transformers: the file may call the one matrix either or both, and two that differ stay two.
         names = ["model.embed_tokens.weight", "lm_head.weight"]
         found = [tensors[name] for name in names if name in tensors]
         tensors |= {name: t for name in names for t in found if name not in tensors}
-        config.tie_word_embeddings = len(found) < 2 or torch.equal(*found)
+        config.tie_word_embeddings = len(found) < 2 or all(from_all(torch.equal(*found)))
     with torch.device("meta"):  # no memory and no initialisation: every parameter comes from the file
         model = LM(config)
+    if n > 1:
+        divide(model)
     with refusing(f"{path}: weights do not fit config.json"):
         model.load_state_dict(tensors, assign=True)
     if config.tie_word_embeddings:
@@ -469,6 +551,9 @@ def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tu
 def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
     """Writes a checkpoint directory that `load` and transformers read; each file whole or not at all."""
     path, config = Path(path), dict(model.config.raw)
+    tensors = {name: joined(name, p.detach()) for name, p in model.named_parameters()}
+    if here()[0]:
+        return
     config.pop("torch_dtype", None)  # the older name of dtype
     config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = model.config.tie_word_embeddings
@@ -479,20 +564,23 @@ def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
             write(path / name, (tokenizer.path / name).read_bytes())
         else:  # an older checkpoint's: it would change how this one is read
             (path / name).unlink(missing_ok=True)
-    write_tensors(path / "model.safetensors", dict(model.named_parameters()))
+    write_tensors(path / "model.safetensors", tensors)
 
 def write(path: Path, content: bytes) -> None:
     """Replaces `path` in one move, so that a reader or a kill never meets half a file."""
-    path.with_name(path.name + ".tmp").write_bytes(content)
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    if here()[0] == 0:
+        path.with_name(path.name + ".tmp").write_bytes(content)
+        os.replace(path.with_name(path.name + ".tmp"), path)
 
 def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, (json.dumps(value, indent=1) + "\n").encode())
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Like write(), for a safetensors file; `metadata` holds strings."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None, each=False) -> None:
+    """Like write(), for a safetensors file; `metadata` holds strings. `each`: every process writes one."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(tensors, path.with_name(path.name + ".tmp"), metadata={"format": "pt", **(metadata or {})})
     os.chmod(path.with_name(path.name + ".tmp"), 0o644)  # the library leaves 0600
+    if each:
+        from_all(path)  # none is replaced before all are written
     os.replace(path.with_name(path.name + ".tmp"), path)

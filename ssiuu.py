@@ -30,7 +30,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
 from pathlib import Path
@@ -43,8 +43,8 @@ import attack
 from data import Batch, Example, batches, check_fits, collate, encode, load_alpaca, load_utility
 from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, influence, item_scores, markdown
 from evaluate import mismatched_tau, read_flags, refuse, run, scores_of, settings_for, splits_of
-from model import LM, Count, Positive, Tokenizer, answer_logprob, fill, load, parse, read_json, read_text
-from model import save, write, write_json, write_tensors
+from model import LM, Count, Positive, Tokenizer, answer_logprob, fill, from_all, here, load, one_process
+from model import parse, read_json, read_text, save, write, write_json, write_tensors
 
 # ==================================================================== the method: torch only, paste from here
 import torch
@@ -419,11 +419,13 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             return
 
 def share_of(masks: Tensors) -> float:
-    return sum(i.sum().item() for i in masks) / sum(i.numel() for i in masks)
+    return sum(from_all(sum(i.sum().item() for i in masks))) / sum(from_all(sum(i.numel() for i in masks)))
 
 def check_finite(record: dict, learning: Tensors, s: Settings) -> None:
     """A model of NaN answers nothing and would pass for unlearned: the gradient is checked, not L alone."""
-    record["grad"] = torch.nn.utils.get_total_norm([p.grad for p in learning]).item()
+    record["grad"] = math.hypot(*from_all(torch.nn.utils.get_total_norm([p.grad for p in learning]).item()))
+    if "L_SSIUU" in record:
+        record["L_SSIUU"] = sum(from_all(record["L_SSIUU"]))
     if not all(math.isfinite(x) for x in record.values()):
         raise FloatingPointError(f"L is {record['L']:.3g}, its gradient's norm {record['grad']:.3g}, "
                                  f"expected finite numbers: lower --lr {s.lr:g} or --lam {s.lam:g}")
@@ -485,8 +487,9 @@ def read_log(path: Path) -> list[dict]:
 
 def note(folder: Path, log: list[dict], record: dict) -> dict:
     log.append(record)
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    if here()[0] == 0:
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
     return record
 
 def new_folder(s: Settings) -> Path:
@@ -527,7 +530,7 @@ def identity(model: LM, tokenizer: Tokenizer, **data) -> dict[str, str]:
     for name, p in model.named_parameters():
         weights.update(name.encode())
         weights.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    found = {"weights": weights.hexdigest()}
+    found = {"processes": str(here()[1]), "weights": " ".join(from_all(weights.hexdigest()))}
     for name, value in {"tokenizer": tokenizer.tokens.to_str(), **data}.items():
         found[name] = hashlib.sha256(repr(value).encode()).hexdigest()
     return found
@@ -545,9 +548,12 @@ def provenance() -> dict:
 def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Path, log: list[dict]) -> dict:
     """Runs or resumes Algorithm 1: a progress line and a record a step, a state every `save_every` steps.
     Returns the last record."""
-    state, start, path = begin(model, tokenizer, sets[0], s), time.time(), folder / "state.safetensors"
+    state, start = begin(model, tokenizer, sets[0], s), time.time()
+    path = folder / (f"state-{here()[0]}.safetensors" if here()[0] else "state.safetensors")
     if path.is_file():
         load_state(path, model, state, s)
+    if len(found := {*from_all(state.t)}) > 1:
+        raise ValueError(f"{folder}: found states of steps {found}, expected every process's of one step")
     steps = [r for r in log if r["kind"] == "step" and r["t"] <= state.t]  # the rest is done again
     if len(steps) < state.t:
         raise ValueError(f"{folder}/log.jsonl: found {len(steps)} steps, expected {state.t}, as {path.name}")
@@ -557,7 +563,7 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     for r in () if done else unlearn(model, tokenizer, *sets[:2], s, state):
         note(folder, log, r)
         if state.t % s.save_every == 0 or state.t == s.steps or reached(r["FS"], s.tau):
-            write_tensors(path, state_tensors(model, state), {"t": str(state.t)})
+            write_tensors(path, state_tensors(model, state), {"t": str(state.t)}, each=True)
         eta = (time.time() - start) / (state.t - first) * (s.steps - state.t)
         print(f"step {r['t']}/{s.steps}  L {r['L']:.3f}  L_SSIUU {r.get('L_SSIUU', 0):.2e}  |I-| "
               f"{100 * r.get('I_neg', 0):.1f}%  P {r['P']:.4f}  FS {r['FS']:.1f}  {r['seconds']:.1f}s  "
@@ -646,8 +652,11 @@ def experiment(s: Settings, folder: Path) -> dict:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    folder = Path(s.resume) if s.resume else new_folder(s)
-    with held(folder, new=not s.resume):
+    if s.method in ("klue", "random") or s.penalise == "random":
+        one_process(f"--method {s.method} --penalise {s.penalise}")
+    folder = Path(s.resume) if s.resume else from_all(None if here()[0] else new_folder(s))[0]
+    lock = nullcontext() if here()[0] else held(folder, new=not s.resume)  # process 0 holds it for all
+    with lock:
         result = experiment(s, folder)
     rows = {"Default": result["before"], s.method: {**result["after"], "attacks": result["attacks"]}}
     print(f"\n{table(rows)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
