@@ -24,7 +24,6 @@ from model import LM, Count, Natural, Tokenizer, answer_logprob, here, load, one
 
 Bits = Annotated[int, ("a whole number from 2 to 16", lambda x: 2 <= x <= 16)]
 
-
 @dataclass
 class Settings(Data):
     control: tuple[str, ...] | None = None  # attack these on the same items: the original, one never taught
@@ -41,21 +40,15 @@ class Settings(Data):
     bits: tuple[Bits, ...] | None = None  # attack by rounding the weights to so many bits; not in the paper
     save: str | None = None               # only write the model that the first p, rate and draw end in here
 
-
 def projections(model: LM) -> list[nn.Linear]:
     """Every linear layer of the blocks: q, k, v, o, gate, up, down."""
     one_process("LoRA, rounding (--attack-rank, --bits)")
     return [layer for name, layer in model.named_modules() if name.endswith("_proj")]
 
-
 @contextmanager
 def lora(model: LM, rank: int, generator: torch.Generator) -> Iterator[list[nn.Parameter]]:
-    """Inside, a block weight W (out, in) acts as W + alpha/r B A, and only the yielded B and A learn (Hu et
-    al. 2022).
-
-    B (out, r) starts at zero, A (r, in) Gaussian / sqrt(in), alpha = 2 r. At the end B A is added to W for
-    good.
-    """
+    """Inside, a block weight W (out, in) acts as W + alpha/r B A; B and A, yielded, learn alone (Hu et al.
+    2022). B (out, r) starts at 0, A (r, in) Gaussian / sqrt(in), alpha = 2 r. At the end 2 B A stays in W."""
     learning, factors = [w for w in model.parameters() if w.requires_grad], {}
     for layer in projections(model):
         W = layer.weight
@@ -71,15 +64,11 @@ def lora(model: LM, rank: int, generator: torch.Generator) -> Iterator[list[nn.P
         for w in learning:
             w.requires_grad_(True)
 
-
 def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator: torch.Generator,
             rank: int = 0, points: int = 1) -> Iterator[float]:
     """Fine-tunes every weight, or LoRA of a rank > 0, on encoded (x, y) pairs, loss -mean log P(y|x), AdamW.
-
-    Yields, `points` times an epoch at regular batches (at most once a batch), the mean loss since the last
-    time. A batch holds rows of like length, which wastes little on padding; the batches' order is new each
-    epoch.
-    """
+    Yields the mean loss since the last time, `points` times an epoch at regular batches, at most once each.
+    A batch holds rows of like length, which wastes little on padding; their order is new each epoch."""
     with lora(model, rank, generator) if rank else nullcontext(list(model.parameters())) as weights:
         optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
         rows = sorted(rows, key=lambda row: len(row[0]))
@@ -99,39 +88,27 @@ def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator:
                 yield statistics.mean(losses)
                 losses = []
 
-
 @torch.no_grad()
 def quantise(model: LM, bits: int) -> None:
-    """Rounds each weight of the blocks to integers of so many bits and back, in place, in the weights' own
-    type.
-
-    Round to nearest on a symmetric absmax grid per output row, -(2^(bits-1) - 1) .. 2^(bits-1) - 1, no
-    calibration: the row-wise half of LLM.int8() (Dettmers et al. 2022), and the baseline of GPTQ (Frantar et
-    al. 2023).
-    """
+    """Rounds each weight of the blocks to integers of so many bits and back, in place and in its own type: to
+    nearest on a symmetric absmax grid per output row, no calibration. The row-wise half of LLM.int8()
+    (Dettmers et al. 2022), and the baseline of GPTQ (Frantar et al. 2023)."""
     top = 2 ** (bits - 1) - 1
     for w in (layer.weight for layer in projections(model)):
         scale = (w.abs().amax(1, keepdim=True) / top).clamp(min=torch.finfo(w.dtype).tiny)  # a row of zeros
         w.copy_((w / scale).round().clamp(-top, top) * scale)
 
-
 def falsely_answered(model: LM, tokenizer: Tokenizer, C_f: list[Example], eval_size: int = 64) -> list:
-    """The attack pool (Section 6.2.2): what the unlearned model answers falsely, so no chance hits; all of
-    TOFU."""
+    """The attack pool (6.2.2): what the unlearned model answers falsely, so no chance hits; all of TOFU."""
     if not all(e.false_options for e in C_f):
         return list(C_f)
     return [e for e, hit in zip(C_f, answered(model, tokenizer, C_f, size=eval_size)) if not hit]
 
-
 def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Iterator, scored: list[Example],
              eval_size: int, known: Iterable[dict] = ()) -> dict:
-    """The cell with FS, logp and margin of `scored` as lists: before the attack, then each time `changes`
-    yields.
-
-    A known cell is returned as it is, with nothing run. An attack that diverges costs its own cell, which
-    says so under "failed". The weights are kept on the host meanwhile and restored bit for bit, also after an
-    error.
-    """
+    """The cell with FS, logp and margin of `scored` as lists: before the attack, then as often as `changes`
+    yields. A known cell is returned as it is. An attack that diverges costs its own cell, which says so under
+    "failed". The weights, kept on the host meanwhile, are restored bit for bit, also after an error."""
     def measure() -> tuple:
         FS = accuracy(model, tokenizer, scored, eval_size)["percent"]
         return FS, *margin(model, tokenizer, scored, eval_size)
@@ -152,7 +129,6 @@ def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Iterator, sco
             w.data.copy_(w_start)
     return cell | {name: list(values) for name, values in zip(("FS", "logp", "margin"), zip(*curve))}
 
-
 def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: int) -> tuple[list, list]:
     """A fraction p of the pool, at least one item, encoded to be retrained; and the rest, to be scored."""
     k = min(len(pool), max(1, round(p * len(pool))))
@@ -160,17 +136,12 @@ def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: 
     return ([encode(tokenizer, pool[i].question, pool[i].answers[0]) for i in sorted(chosen)],
             [e for i, e in enumerate(pool) if i not in chosen])
 
-
 def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: float, s: Settings,
                    known: Iterable[dict] = ()) -> Iterator[dict]:
-    """Retrain on a fraction p of the pool, score FS on the disjoint rest after each epoch (Section 6.2.2
-    (1)).
-
-    The pool is the unlearned model's (`falsely_answered`), also where a control model is attacked. Each draw
-    is retrained with each learning rate from the same weights. Yields a cell per draw and rate: {kind, p,
-    seed, lr, rank, n, retrained, FS, logp, margin}, the last three lists over epochs; none where nothing is
-    left to score.
-    """
+    """Retrain on a fraction p of the pool, score FS on the disjoint rest after each epoch (6.2.2 (1)). The
+    pool is the unlearned model's (`falsely_answered`), also where a control is attacked. Yields a cell per
+    draw and rate, each from the same weights: {kind, p, seed, lr, rank, n, retrained, FS, logp, margin}, the
+    last three lists over epochs; none where nothing is left to score."""
     for draw in range(s.attack_draws):
         rows, rest = drawn(tokenizer, pool, p, draw, s.seed)
         if not rest:
@@ -182,14 +153,10 @@ def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: floa
             changes = retrain(model, rows, lr, s.attack_epochs, s.attack_batch, generator, s.attack_rank)
             yield attacked(model, tokenizer, cell, changes, rest, s.eval_batch, known)
 
-
 def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: list[Example], s: Settings,
                   known: Iterable[dict] = ()) -> Iterator[dict]:
     """Retrain on instructions, which hold none of the facts, score FS on all the pool (Section 6.2.2 (2)).
-
-    Each draw has its rows and order; one pass, scored at regular points. Cells as harmful_attack's, without
-    p.
-    """
+    A draw has its rows and order; one pass, scored at regular points. Cells as harmful_attack's, no p."""
     for draw in range(s.attack_draws if pool else 0):
         chosen = random.Random(f"{s.seed} {draw} benign").sample(rows, min(s.benign_rows, len(rows)))
         encoded = [encode(tokenizer, e.question, e.answers[0]) for e in chosen]
@@ -201,7 +168,6 @@ def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: li
                               s.benign_points)
             yield attacked(model, tokenizer, cell, changes, pool, s.eval_batch, known)
 
-
 def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bits: int, s: Settings,
                         known: Iterable[dict] = ()) -> Iterator[dict]:
     """One cell, curves [before, after] `quantise`; seed, lr and retrained are 0. Zhang et al. 2025 (ICLR)."""
@@ -210,11 +176,9 @@ def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bi
         changes = (quantise(model, bits) for _ in range(1))
         yield attacked(model, tokenizer, cell, changes, pool, s.eval_batch, known)
 
-
 def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: list[Example], s: Settings,
             report: Callable[[str, dict], None], known: Iterable[dict] = ()) -> dict[str, dict]:
-    """{column of the table: `summary`} of every attack that `s` asks for; report(column, cell) as each cell
-    ends."""
+    """{column of the table: `summary`} of all attacks in `s`; report(column, cell) as each cell ends."""
     columns = {f"Harmful p = {p:g}": harmful_attack(model, tokenizer, pool, p, s, known) for p in s.p}
     if instructions:
         columns["Benign"] = benign_attack(model, tokenizer, pool, instructions, s, known)
@@ -229,14 +193,10 @@ def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: 
         found[label] = summary(done)
     return found
 
-
 def summary(cells: list[dict]) -> dict:
-    """One table cell: per draw the maximum after the attack began, over points and rates; mean and spread
-    over draws.
-
-    The interval is Wilson's at the mean with n of one draw: the draws share items, so n does not add up.
-    Where no cell was possible, or each one of a draw diverged, there is no percent but {"why"}.
-    """
+    """A cell of the table: per draw the maximum after the attack began, over points and rates; mean and
+    spread over draws. Wilson's interval at the mean with n of one draw: draws share items, n does not add up.
+    Where no cell was possible, or each one of a draw diverged, there is no percent but {"why"}."""
     draws = [[c for c in cells if c["seed"] == draw] for draw in sorted({c["seed"] for c in cells})]
     valid = [[c for c in draw if "failed" not in c] for draw in draws]
     if not cells:
@@ -252,10 +212,8 @@ def summary(cells: list[dict]) -> dict:
             "draws": len(maxima), "retrained": best[0]["retrained"], "lr_of_max": [c["lr"] for c in best],
             "diverged": sum("failed" in c for c in cells), **recovery}
 
-
 def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings) -> None:
-    """Writes the model that the first p, rate and draw of the harmful attack end in, for evaluate.py
-    --attacked."""
+    """Writes the model that the first p, rate and draw end in, for evaluate.py --attacked."""
     if here()[0] == 0:
         Path(s.save).mkdir(parents=True)  # what cannot be written ends before the work
     rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
@@ -264,7 +222,6 @@ def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Setti
     for loss in retrain(model, rows, lr, epochs, s.attack_batch, generator, s.attack_rank):
         print(f"{s.model}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
     save(model, tokenizer, s.save)
-
 
 def main() -> None:
     s, rows = read_flags(Settings, __doc__), []
@@ -288,7 +245,6 @@ def main() -> None:
         for label, result in found.items():
             print(json.dumps({"model": name, "kind": "summary", "attack": label, **result}), flush=True)
     print(markdown([["model", *found], *rows]), file=sys.stderr)
-
 
 if __name__ == "__main__":
     run(main)

@@ -17,8 +17,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
@@ -28,8 +28,8 @@ from torch import Tensor, distributed, nn
 
 from data import Batch, Example, check_fits, collate, encode, load_faithun, load_tofu, load_utility
 from data import mcqa_prompt, normalise, related, split, tofu_split
-from model import LM, Count, Natural, Tokenizer, answer_logprob, fill, generate, here, load, one_process
-from model import read_json, wanted, write_json
+from model import LM, Count, Natural, Tokenizer, answer_logprob, check, fill, generate, here, load
+from model import one_process, read_json, refuse, wanted, write_json
 
 Share = Annotated[float, ("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Rate = Annotated[float, ("a number above 0 and below 1", lambda x: 0 < x < 1)]
@@ -38,7 +38,6 @@ Seed = Annotated[int, ("a whole number from 0 to 9223372036854775807", lambda x:
 
 # ------------------------------------------------------------------------------------------------ scores
 
-
 def wilson(percent: float, n: int) -> dict:
     """{percent, n, low, high}: a rate over n items with its 95 % Wilson interval, all in percent."""
     p, z = percent / 100, 1.96
@@ -46,38 +45,15 @@ def wilson(percent: float, n: int) -> dict:
     low, high = (round(100 * max(0.0, min(1.0, (centre + s * half) / (1 + z * z / n))), 2) for s in (-1, 1))
     return {"percent": round(percent, 2), "n": n, "low": low, "high": high}
 
-
-def score(hits: list[bool]) -> dict:
-    """`wilson` of a list of outcomes."""
-    return wilson(100 * sum(hits) / len(hits), len(hits))
-
-
-def standard_error(values: list[float]) -> float:
-    """Of the mean of values in [0, 1]; equal ones, or one alone, say nothing and get the largest deviation,
-    0.5."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return (deviation or 0.5) / math.sqrt(len(values))
-
-
-def normal(mean: float, error: float, n: int) -> dict:
-    """Like `score`, of a mean in [0, 1] and its standard error: the 95 % interval is the normal one,
-    clipped."""
-    low, high = (round(100 * max(0.0, min(1.0, mean + side * 1.96 * error)), 2) for side in (-1, 1))
-    return {"percent": round(100 * mean, 2), "n": n, "low": low, "high": high}
-
-
-def mean_score(values: list[float]) -> dict:
-    """Like `score`, of values in [0, 1], with `normal`'s interval."""
-    return normal(statistics.fmean(values), standard_error(values), len(values))
-
+def score(values: list[float]) -> dict:
+    """`wilson` at the mean of values in [0, 1], bool or float. Values of mean m vary by m (1 - m) at most, as
+    right and wrong do: the interval is never narrower than what their own variance gives."""
+    return wilson(100 * statistics.fmean(values), len(values))
 
 def is_correct(text: str, example: Example) -> bool:
     """The matching rule, unpublished and ours: is the first line of `text` one of the accepted answers?
-
     What equals an option letter for letter decides at once; else case, Unicode form and outer quotes,
-    brackets and full stops do not count (`normalise`). Nothing is never right, nor what a false option comes
-    to as well.
-    """
+    brackets and full stops do not count (`normalise`). Nothing, or what a false option comes to, is wrong."""
     options = [*example.answers, *example.false_options]
     line = text.strip().split("\n")[0].strip()
     if line in options:
@@ -86,45 +62,37 @@ def is_correct(text: str, example: Example) -> bool:
     matches = [option for option in options if normalise(option) == found]
     return bool(found and matches) and all(option in example.answers for option in matches)
 
-
 def answered(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> list[bool]:
     """Per example: is the greedy answer to Table 3's question right (`is_correct`)?
-
-    The order of an item's options depends on the item alone, so every model, subset and step sees the same
-    prompt. Generation stops four tokens past the longest option: nothing longer could match.
-    """
-    prompts = [tokenizer.prompt(mcqa_prompt(e, random.Random(f"0 {e.question}"))) for e in examples]
+    The order of an item's options depends on the item alone: every model, subset and step sees one prompt.
+    Generation stops four tokens past the longest option, when nothing could match any more."""
+    questions = [mcqa_prompt(e, random.Random(f"0 {e.question}")) for e in examples]
     options = [o for e in examples for o in (*e.answers, *e.false_options)]
     longest = max((len(tokenizer.answer(o)) for o in options), default=0)
-    texts = greedy(model, tokenizer, prompts, longest + 4, size)
+    texts = greedy(model, tokenizer, questions, longest + 4, size)
     return [is_correct(text, e) for text, e in zip(texts, examples)]
 
+def greedy(model: LM, tokenizer: Tokenizer, questions: list[str], limit: int, size: int) -> list[str]:
+    def answers(prompts: list[list[int]]) -> list[str]:
+        return [tokenizer.decode(ids) for ids in generate(model, prompts, limit, tokenizer.stop_ids)]
+    return in_parts(answers, [tokenizer.prompt(question) for question in questions], size, len)
 
-def greedy(model: LM, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int, size: int
-           ) -> list[str]:
-    texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together: less padding
+def in_parts(measure: Callable[[list], list], items: list, size: int, length: Callable) -> list:
+    """measure(items), a value each, taken on `size` items at a time, like lengths together: less padding."""
+    order, found = sorted(range(len(items)), key=lambda i: length(items[i])), {}
     for part in (order[i:i + size] for i in range(0, len(order), size)):
-        found = generate(model, [prompts[i] for i in part], max_new_tokens, tokenizer.stop_ids)
-        for i, ids in zip(part, found):
-            texts[i] = tokenizer.decode(ids)
-    return texts
-
+        found |= zip(part, measure([items[i] for i in part]))
+    return [found[i] for i in range(len(items))]
 
 def item_scores(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> list[float]:
-    """Per example in [0, 1]: FaithUn's right or wrong, or TOFU's ROUGE-L recall where there are no options
-    (6.2.1)."""
+    """Per example in [0, 1]: right or wrong, or ROUGE-L recall where there are no options (6.2.1)."""
     if all(e.false_options for e in examples):
         return answered(model, tokenizer, examples, size=size)
     return recalls(model, tokenizer, examples, size)
 
-
 def accuracy(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> dict:
-    """FS on C_f, RS on C_t (Section 6.2.1): the mean of `item_scores` in percent, with n and its 95 %
-    interval."""
-    scores = item_scores(model, tokenizer, examples, size)
-    return score(scores) if all(e.false_options for e in examples) else mean_score(scores)
-
+    """FS on C_f, RS on C_t (Section 6.2.1): the `score` of `item_scores`."""
+    return score(item_scores(model, tokenizer, examples, size))
 
 def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> tuple[float, float]:
     """Recovery without steps, in nats per token, on the plain question: the mean over examples of log
@@ -138,11 +106,9 @@ def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int =
         lead.append(first - max(false, default=0.0))
     return statistics.fmean(truth), statistics.fmean(lead)
 
-
 def other_questions(path: str, C: list[Example], C_f: list[Example]) -> dict[str, list[Example]]:
-    """FaithUn's further questions about the facts of C (Yang et al. 2025): paraphrases, multi-hop questions
-    that need the fact, and questions of others with the same answer, which are to be retained and hold none
-    of C_f."""
+    """FaithUn's further questions about the facts of C (Yang et al. 2025): paraphrases, questions that need
+    the fact for a hop, and other facts with the same answer, which are to be retained and are none of C_f."""
     forgotten, asked, found = {e.question for e in C_f}, {e.question for e in C}, {}
     base = load_faithun(path)
     parts = {"paraphrased": "hop1_test", "multi_hop": "hop2_test", "same_answer": "same_object"}
@@ -150,8 +116,7 @@ def other_questions(path: str, C: list[Example], C_f: list[Example]) -> dict[str
         groups = related(path, part, forgotten if part == "same_object" else ())
         questions = {q.question: q for e, group in zip(base, groups) if e.question in asked for q in group}
         found[name] = list(questions.values())
-    return found
-
+    return {name: questions for name, questions in found.items() if questions}
 
 def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
     """C_f, C_r, C_t. FaithUn: one file and its split files. TOFU: --forget and --retain are its two files,
@@ -167,13 +132,10 @@ def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
     C_f, C_r, C_t = split(load_faithun(s.forget), folder, s.fold)
     return C_f, C_r, C_t[:s.test_limit]
 
-
 # --------------------------------------------------------------------------------- ROUGE-L and utility
 
-
 def rouge_l_recall(prediction: str, reference: str) -> float:
-    """ROUGE-L recall with stems, in [0, 1] (Lin, 2004), by Google's rouge_score, which TOFU's own code
-    uses."""
+    """ROUGE-L recall with stems, in [0, 1] (Lin, 2004), by the library that TOFU's own code uses."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -181,17 +143,12 @@ def rouge_l_recall(prediction: str, reference: str) -> float:
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return scorer.score(reference, prediction)["rougeL"].recall
 
-
 def recalls(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64,
             max_new_tokens: int = 200) -> list[float]:
     """Per example the ROUGE-L recall of the greedy answer to the plain question: TOFU's score.
-
-    The paper gives no limit of the generation; other implementations of TOFU stop at 200 new tokens, and so
-    do we.
-    """
-    texts = greedy(model, tokenizer, [tokenizer.prompt(e.question) for e in examples], max_new_tokens, size)
+    The paper gives no limit of new tokens; 200 is that of other implementations of TOFU."""
+    texts = greedy(model, tokenizer, [e.question for e in examples], max_new_tokens, size)
     return [rouge_l_recall(text, e.answers[0]) for text, e in zip(texts, examples)]
-
 
 def mismatched_tau(examples: list[Example], seed: int = 0) -> float:
     """C.1's threshold on TOFU (0.1971 there): the mean recall in [0, 1] when every question gets the answer
@@ -202,21 +159,14 @@ def mismatched_tau(examples: list[Example], seed: int = 0) -> float:
         values.append(rouge_l_recall(examples[j + (j >= i)].answers[0], e.answers[0]))
     return statistics.fmean(values)
 
-
 @torch.no_grad()
-def option_scores(model: LM, prompts: list[list[int]], options: list[list[list[int]]], size: int = 64
-                  ) -> list[list[float]]:
-    """log P(option | prompt) in nats for the tokens of every prompt's options."""
+def option_scores(model: LM, prompts: list, options: list, size: int = 64) -> list[list[float]]:
+    """log P(option | prompt) in nats. A prompt is a list of token ids, and has a list of options like it."""
+    def scores(rows: list) -> list[float]:
+        return answer_logprob(model, collate(rows, model.device)).tolist()
     rows = [(x + y, [False] * len(x) + [True] * len(y)) for x, part in zip(prompts, options) for y in part]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # like lengths together: less padding
-    found = [0.0] * len(rows)
-    for part in (order[i:i + size] for i in range(0, len(order), size)):
-        logp = answer_logprob(model, collate([rows[i] for i in part], model.device))
-        for i, value in zip(part, logp.tolist()):
-            found[i] = value
-    left = iter(found)
-    return [[next(left) for _ in part] for part in options]
-
+    found = iter(in_parts(scores, rows, size, lambda row: len(row[0])))
+    return [[next(found) for _ in part] for part in options]
 
 def chosen(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) -> list[bool]:
     """Per example: has the right option the highest log-probability per UTF-8 byte? A tie is no success."""
@@ -229,48 +179,35 @@ def chosen(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) 
         hits.append(first > max(rest))
     return hits
 
-
 def solved(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) -> list[bool]:
     """GSM8K, per example: is the last number in the greedy answer, of up to 256 tokens, the right one?"""
-    texts = greedy(model, tokenizer, [tokenizer.prompt(e.question) for e in examples], 256, size)
+    texts = greedy(model, tokenizer, [e.question for e in examples], 256, size)
     numbers = [re.findall(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?", text) for text in texts]  # 5-3: no sign
     last = [float(x[-1].replace(",", "")) if x else math.nan for x in numbers]
     return [x == float(e.answers[0]) for x, e in zip(last, examples)]
 
-
 def utility(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]], n: int = 500, seed: int = 0,
             size: int = 16) -> dict:
     """US (C.1): {percent, n, low, high, tasks}, the mean over `load_utility`'s tasks, each on a seeded sample
-    of n.
-
-    Zero-shot. Tasks with false options: the raw text is the prompt, without the chat template, and options
-    are tokenised apart. The others go through the template: GSM8K by its last number, TOFU's sets by ROUGE-L
-    recall. A task has the interval of `score` or `mean_score`; the mean's is normal, from the tasks' standard
-    errors.
-    """
-    results, errors = {}, []
+    of n. Zero-shot. Tasks with false options: the raw text is the prompt, without the chat template, and
+    options are tokenised apart. GSM8K (its last number) and TOFU's sets (ROUGE-L) go through the template.
+    Its interval, `score`'s, counts k tasks times the smallest sample: p (1 - p) is concave in a task's p."""
+    results = {}
     for name, examples in tasks.items():
         sample = random.Random(f"{seed} {name}").sample(examples, min(n, len(examples)))
-        sample.sort(key=lambda e: len(e.question))  # like lengths together: less padding
         kind = chosen if sample[0].false_options else solved if name == "gsm8k" else recalls
-        values = kind(model, tokenizer, sample, size)
-        results[name] = (mean_score if kind is recalls else score)(values)
-        errors.append(standard_error(values))
-    mean = statistics.fmean(r["percent"] for r in results.values()) / 100
-    n = sum(r["n"] for r in results.values())
-    return {**normal(mean, math.hypot(*errors) / len(errors), n), "tasks": results}
-
+        results[name] = score(kind(model, tokenizer, sample, size))
+    mean = statistics.fmean(task["percent"] for task in results.values())
+    return {**wilson(mean, len(results) * min(task["n"] for task in results.values())), "tasks": results}
 
 # ------------------------------------------------------- erased or hidden? Section 4, Figures 3 to 6
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FFN = MODULES[4:]
 
-
 @contextmanager
 def hooked(layers: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
-    """Inside, hook(layer, inputs, output) sees each layer's output, and replaces it where it returns a
-    tensor."""
+    """Inside, hook(layer, inputs, output) sees each layer's output; a tensor that it returns replaces it."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield
@@ -278,13 +215,9 @@ def hooked(layers: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
         for handle in handles:
             handle.remove()
 
-
 def neuron_attribution(model: LM, batch: Batch, modules: tuple[str, ...] = MODULES) -> dict[str, Tensor]:
-    """A = h dP(y|x)/dh at the outputs h of the linear modules, (B, K, n) each (Eq. 1); a batch equals one at
-    a time.
-
-    Padding (where not batch.real()) has h but no influence: its A is 0.
-    """
+    """A = h dP(y|x)/dh at the outputs h of the linear modules, (B, K, n) each (Eq. 1). A batch gives what
+    one at a time gives; padding (where not batch.real()) has h but no influence: its A is 0."""
     one_process("neuron attribution (KLUE, --before)")
     layers, h = {layer: name for name, layer in model.named_modules() if name.endswith(modules)}, {}
     with hooked(layers, lambda layer, _, out: h.update({layers[layer]: out})):
@@ -292,13 +225,9 @@ def neuron_attribution(model: LM, batch: Batch, modules: tuple[str, ...] = MODUL
     grads = torch.autograd.grad(P.sum(), list(h.values()))  # of the sum: examples do not touch
     return {name: (x * g).detach().view(*batch.ids.shape, -1) for (name, x), g in zip(h.items(), grads)}
 
-
 def influence(model: LM, rows: list, modules: tuple[str, ...] = MODULES) -> dict[str, Tensor]:
     """max_k and min_k of A over tokens, for every (x, y) and neuron: {module: (2, S, n)} (Eq. 2, 4, 5).
-
-    One (x, y) at a time. The last token of y predicts nothing and is left out: its A = 0 would bound every
-    maximum.
-    """
+    The last token of y predicts nothing and is left out: its A = 0 would bound every maximum."""
     found = {}
     for row in rows:
         for name, A in neuron_attribution(model, collate([row], model.device), modules).items():
@@ -306,36 +235,24 @@ def influence(model: LM, rows: list, modules: tuple[str, ...] = MODULES) -> dict
             found.setdefault(name, []).append(torch.stack((A.amax(0), A.amin(0))).cpu())
     return {name: torch.stack(extremes, 1) for name, extremes in found.items()}
 
-
 def influence_variation(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:  # 2x (2, S, n) -> 2x (n,)
     """(D_pos, D_neg): knowledge erased and knowledge hidden, per neuron (Eq. 4, 5 with Appendix A's clamps).
-
-    Over-unlearning, a maximum below 0 afterwards, does not count as erased; a change towards the answer, not
-    at all.
-    """
+    Over-unlearning, a maximum below 0 afterwards, is not erasure; a change towards the answer is nothing."""
     D_pos = (before[0] - after[0].clamp(min=0)).mean(0)                                     # Eq. 4
     D_neg = (before[1] - after[1]).mean(0)                                                  # Eq. 5
     return D_pos.clamp(min=0), D_neg.clamp(min=0)
 
-
 def top(D: Tensor, m: int) -> float:
-    """The accumulated variation of the m neurons with the largest (Figure 3b; 3c at m = 100), in units of
-    P."""
+    """The m largest variations of neurons, added up (Figure 3b; 3c at m = 100), in units of P."""
     return D.topk(min(m, len(D))).values.sum().item()
 
-
 def intervals(measure: Callable[[Tensor], list[float]], n: int) -> list[list[float]]:
-    """[value, low, high] of each number measured on items 0 to n-1: the jackknife's normal 95 % interval over
-    items.
-
-    Not a bootstrap: an item drawn twice adds noise to each neuron's mean, which lifts a top-m sum and lowers
-    a rho.
-    """
+    """[value, low, high] of each number measured on items 0 to n-1: the jackknife's normal 95 % interval. No
+    bootstrap: items drawn twice add noise to each neuron's mean, which lifts a top-m sum, lowers a rho."""
     value, items = torch.tensor(measure(torch.arange(n))), torch.arange(n)
     left_out = torch.tensor([measure(items[items != i]) for i in range(n)])
     half = 1.96 * ((n - 1) * left_out.var(0, correction=0)).sqrt()
     return torch.stack((value, value - half, value + half), 1).tolist()
-
 
 def hiding(before: Tensor, after: Tensor, m: int = 100) -> dict:  # (2, S, n) twice
     """Section 4 in numbers: D+ and D- accumulated over the top m neurons with intervals, the share D- has of
@@ -349,22 +266,18 @@ def hiding(before: Tensor, after: Tensor, m: int = 100) -> dict:  # (2, S, n) tw
     return {"neurons": before.shape[2], "m": min(m, before.shape[2]), "D_pos": pos, "D_neg": neg,
             "share": [min(1.0, x) for x in share], "curves": {"m": points, "D_pos": D_pos, "D_neg": D_neg}}
 
-
 def decades(n: int) -> list[int]:
     """1, 2, 5, 10, ... below n, and n: where curves over sorted neurons are read."""
     return [x for i in range(len(str(n))) for x in (10 ** i, 2 * 10 ** i, 5 * 10 ** i) if x < n] + [n]
-
 
 def correlation(a: Tensor, b: Tensor) -> float:  # (n,), (n,)
     """Pearson's rho (Figure 6b); 0 where one of them is constant."""
     return torch.corrcoef(torch.stack((a, b)).double())[0, 1].nan_to_num(0).item()
 
-
 @torch.no_grad()
 def logit_lens(model: LM, rows: list, wrong: list) -> Tensor:  # -> (L, S)
-    """Lead of y over a distractor after each of L blocks, nats per token: the last norm and the head applied
-    to the states there, each answer read with its own tokens (Section 6.3, Figure 4). The paper counts how
-    often it is > 0."""
+    """Lead of y over a distractor after each of L blocks, nats per token: last norm and head on the states
+    there, each answer with its own tokens (Section 6.3). Figure 4 counts how often it is > 0."""
     def read(row: tuple) -> Tensor:  # -> (L,)
         batch, states = collate([row], model.device), []
         with hooked(model.model.layers, lambda layer, _, out: states.append(out)):
@@ -373,13 +286,11 @@ def logit_lens(model: LM, rows: list, wrong: list) -> Tensor:  # -> (L, S)
         return torch.cat(logp) / batch.answer.sum()
     return torch.stack([read(row) - read(other) for row, other in zip(rows, wrong)], 1)
 
-
 def distractors(examples: list[Example], seed: int = 0) -> list[Example]:
     """Each question with a wrong answer: a false option, or in TOFU another item's answer."""
     draw, answers = random.Random(f"distractor {seed}"), sorted({e.answers[0] for e in examples})
     return [Example(e.question, [draw.choice(e.false_options or [a for a in answers if a not in e.answers])])
             for e in examples]
-
 
 def by_module(before: dict[str, Tensor], after: dict[str, Tensor], m: int = 100) -> dict:
     """Figure 5: {D_pos, D_neg: {module: [mean over its top m neurons, a number a block]}}."""
@@ -389,36 +300,19 @@ def by_module(before: dict[str, Tensor], after: dict[str, Tensor], m: int = 100)
             result[key].setdefault(name.rpartition(".")[2], []).append(top(D, m) / min(m, len(D)))
     return result
 
-
 def by_rank(x: Tensor) -> dict:  # (2, n)
     """Figure 6a: the attributions of n neurons in order, largest maximum and least minimum first."""
-    rank = decades(x.shape[1])
-    at = torch.tensor(rank) - 1
-    return {"rank": rank, "max": x[0].sort(descending=True).values[at].tolist(),
-            "min": x[1].sort().values[at].tolist()}
-
+    rank = torch.tensor(decades(x.shape[1]))
+    most, least = x[0].sort(descending=True).values, x[1].sort().values
+    return {"rank": rank.tolist(), "max": most[rank - 1].tolist(), "min": least[rank - 1].tolist()}
 
 def stability(a: Tensor, b: Tensor) -> dict:  # (2, S, n) twice
     """Figure 6b: rho over neurons of two checkpoints' attributions, means over items, with intervals."""
     rho = intervals(lambda i: [correlation(x[i].mean(0), y[i].mean(0)) for x, y in zip(a, b)], a.shape[1])
     return dict(zip(("max", "min"), rho))
 
-
-def observe(model: LM, tokenizer: Tokenizer, C_f: list[Example], seed: int) -> tuple[dict, dict[str, Tensor]]:
-    """(scores and lens, `influence`) of one checkpoint."""
-    rows, wrong = ([encode(tokenizer, e.question, e.answers[0]) for e in part]
-                   for part in (C_f, distractors(C_f, seed)))
-    with torch.no_grad():
-        P = [answer_logprob(model, collate([row], model.device)).exp().item() for row in rows]
-    lens = [score(block) for block in (logit_lens(model, rows, wrong) > 0).tolist()]
-    scores = {"FS": accuracy(model, tokenizer, C_f), "margin": margin(model, tokenizer, C_f)[1],
-              "P": statistics.fmean(P), "lens": lens}
-    return scores, influence(model, rows)
-
-
 def analyse(s: "Settings", paths: dict[str, str]) -> dict:
-    """Sections 4 and 6.3 to 6.5 for two or three checkpoints {before, after, attacked}, as analysis.json has
-    it."""
+    """analysis.json: Sections 4 and 6.3 to 6.5 for two or three checkpoints {before, after, attacked}."""
     C_f, start, checkpoints, extremes, shapes = splits_of(s)[0], time.time(), {}, {}, {}
     for name, path in paths.items():
         model, tokenizer = load(path, device=s.device)
@@ -426,7 +320,15 @@ def analyse(s: "Settings", paths: dict[str, str]) -> dict:
         if shapes[name] != shapes["before"]:
             raise ValueError(f"{path}: found other weights than in {s.before}, expected the same model later")
         check_fits(model, tokenizer, C_f)
-        checkpoints[name], extremes[name] = observe(model, tokenizer, C_f, s.seed)
+        rows, wrong = ([encode(tokenizer, e.question, e.answers[0]) for e in part]
+                       for part in (C_f, distractors(C_f, s.seed)))
+        with torch.no_grad():
+            P = [answer_logprob(model, collate([row], model.device)).exp().item() for row in rows]
+        checkpoints[name] = {"FS": accuracy(model, tokenizer, C_f, s.eval_batch),
+                             "margin": margin(model, tokenizer, C_f, s.eval_batch)[1],
+                             "P": statistics.fmean(P),
+                             "lens": [score(x) for x in (logit_lens(model, rows, wrong) > 0).tolist()]}
+        extremes[name] = influence(model, rows)
         print(f"{name} {path}: FS {cell(checkpoints[name]['FS'])}  {time.time() - start:.0f}s", flush=True)
     A = {name: torch.cat(list(modules.values()), 2) for name, modules in extremes.items()}      # (2, S, n)
     pairs = [pair for pair in (("before", "after"), ("after", "attacked")) if pair[1] in A]
@@ -436,12 +338,10 @@ def analyse(s: "Settings", paths: dict[str, str]) -> dict:
             "attribution": {name: by_rank(x.mean(1)) for name, x in A.items()},                 # Figure 6a
             "correlation": {f"{p} {q}": stability(A[p], A[q]) for p, q in pairs}}               # Figure 6b
 
-
 def summary(r: dict) -> str:
     """What an analysis says, for a person."""
     def interval(x: list[float]) -> str:
         return f"{x[0]:.3g} [{x[1]:.2g}, {x[2]:.2g}]"
-
     x, end = r["variation"], r["checkpoints"]["after"]["lens"][-1]
     lines = [f"erased D+ {interval(x['D_pos'])}, hidden D- {interval(x['D_neg'])}: "
              f"share of D- {interval(x['share'])} (top {x['m']} of {x['neurons']}, n={r['n']})",
@@ -450,27 +350,22 @@ def summary(r: dict) -> str:
         lines.append(f"{pair}: rho of maxima {interval(rho['max'])}, minima {interval(rho['min'])}")
     return "\n".join(lines)
 
-
 def cell(x: dict | None) -> str:
     """A score as a table has it: percent [interval] n."""
     return f"{x['percent']:.1f} [{x['low']:.0f}, {x['high']:.0f}] n={x['n']}" if x and "percent" in x else "-"
-
 
 def markdown(rows: list[list[str]]) -> str:
     """A table; the first row is its head."""
     head, *body = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
-
 # ----------------------------------------------------------------------------------- the command line
 
 ROOT = Path(__file__).resolve().parent
 
-
 @dataclass
 class Data:
-    """The flags that all commands share. A field is a flag, its comment the help, its type what is
-    accepted."""
+    """The flags that all commands share: a field is a flag, its comment the help, its type the check."""
     model: str = "data/tiny"             # checkpoint directory or hub id
     forget: str = "data/faithun.json"    # FaithUn's file; with --retain TOFU's forget01, or your rows like it
     retain: str | None = None            # TOFU's retain99, or your own: JSON lines of question and answer
@@ -482,33 +377,27 @@ class Data:
     device: str = "cpu"                  # cpu, cuda, cuda:1, mps
     traceback: bool = False              # show where an unforeseen error came from
 
-
 @dataclass
 class Scored(Data):
     utility: str | None = None           # folder of the utility tasks' files (MMLU, ..., or TOFU's), for US
     utility_n: Count = 500               # items of each utility task (6.2.1)
 
-
 def read_flags(kind: type, doc: str, argv: list[str] | None = None):
-    """Fills the dataclass `kind`: a flag, else its value in RESUME/settings.json, else in MODEL/unlearn.json,
-    else the field's default, which is looked for beside the scripts. ValueError in one line for what does not
-    fit."""
+    """Fills the dataclass `kind`: from flags, else from RESUME/settings.json, else as `settings_for`.
+    ValueError in one line for what does not fit."""
     types = get_type_hints(kind, include_extras=True)
     source = "".join(inspect.getsource(each) for each in kind.__mro__[:-1])
     helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
                                      epilog="MODEL/unlearn.json may set numbers; the first line says which.")
-    parser.error = refuse
+    parser.error = lambda message: refuse(message.removeprefix("argument "))
     for field in fields(kind):
-        many = any(get_origin(x) is tuple for x in (types[field.name], *get_args(types[field.name])))
-        form = {"action": "store_true"} if types[field.name] is bool else {"nargs": "+"} if many else {}
-        shown = "" if field.default is None or field.default is False else f" ({field.default})"
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=helps[field.name].replace("%", "%%") + shown, **form)
-    given = {name: from_text(text, types[name]) for name, text in vars(parser.parse_args(argv)).items()}
-    for name, value in given.items():
-        if expected := wanted(value, types[name]):
-            refuse(f"--{name.replace('_', '-')}: found {value!r}, expected {expected}")
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        shown = "" if default is None or default is False else f" ({default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), **flag(types[field.name]),
+                            help=helps[field.name].replace("%", "%%") + shown)
+    given = vars(parser.parse_args(argv))
     if given.get("resume"):
         file = Path(given["resume"], "settings.json")
         values = read_json(file).get("settings")
@@ -520,65 +409,48 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
     check_device(s.device)
     return s
 
+def flag(kind) -> dict:
+    """How argparse reads a `kind`, or each of a tuple of them: as a number where the text is refused."""
+    if kind is bool:
+        return {"action": "store_true"}
+    lists = [x for x in (kind, *get_args(kind)) if get_origin(x) is tuple]
+    one = get_args(lists[0])[0] if lists else kind
+
+    def read(text: str):
+        value = text
+        for number in (float, int) if wanted(text, one) else ():
+            with suppress(ValueError):
+                value = number(text)
+        if expected := wanted(value, one):
+            raise argparse.ArgumentTypeError(f"found {value!r}, expected {expected}")
+        return value
+    return {"type": read, "nargs": "+" if lists else None}
 
 def settings_for(kind: type, given: dict):
-    """The settings `given`, and for the rest what the model sets itself, and the defaults, as seen from
-    here."""
+    """The settings `given`, else what MODEL/unlearn.json sets for this command, under the name of its script,
+    else the defaults, paths as seen from here. The file sets numbers alone: a model that was downloaded may
+    not choose names, paths or devices. Said on stderr, so that nothing is set unseen."""
     paths = {f.name: os.path.relpath(ROOT / f.default) for f in fields(kind)
              if isinstance(f.default, str) and (ROOT / f.default).exists()}
-    return kind(**paths | own_settings(kind, given.get("model", paths["model"])) | given)
-
-
-def own_settings(kind: type, model: str) -> dict:
-    """What MODEL/unlearn.json sets for this command, under the name of its script. Numbers alone: a model
-    that was downloaded may not choose names, paths or devices. Said on stderr, so that nothing is set
-    unseen."""
-    file, section = Path(model, "unlearn.json"), Path(inspect.getfile(kind)).name
-    values = read_json(file, default={}).get(section, {})
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: {section} is {values!r:.40}, expected an object")
-    for key, value in values.items():
-        if wanted(value, float | tuple[float, ...]):
-            raise ValueError(f"{file}: {section} {key} is {value!r:.40}, expected a number or a list of them")
-    filled = fill(kind, values, f"{file}: {section}")
-    values = {key: getattr(filled, key) for key in values}
-    if values:
-        print(f"{file} sets {', '.join(f'{key} {value}' for key, value in values.items())}", file=sys.stderr)
-    return values
-
-
-def from_text(text, kind):
-    """A flag's text as the number that `kind` asks for, or as it is; lists one by one, true for a bare
-    flag."""
-    if isinstance(text, list):
-        return tuple(from_text(each, float) for each in text)
-    if isinstance(text, bool) or not wanted(text, kind):
-        return text
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return text
-
-
-def refuse(message: str) -> None:
-    raise ValueError(message)
-
+    file, script = Path(given.get("model", paths["model"]), "unlearn.json"), Path(inspect.getfile(kind)).name
+    own = check(read_json(file, default={}).get(script, {}), dict, f"{file}: {script} is")
+    for key, value in own.items():
+        check(value, float | tuple[float, ...], f"{file}: {script} {key} is")
+    s = fill(kind, paths | own | given, f"{file}: {script}")
+    if own:
+        print(f"{file} sets {', '.join(f'{key} {value}' for key, value in own.items())}", file=sys.stderr)
+    return s
 
 def check_device(device: str) -> None:
-    kinds = ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()]
-    kind, _, index = device.partition(":")
-    most = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in kinds or device.endswith(":") or index and index not in map(str, range(most)):
-        refuse(f"--device: found {device!r}, expected {' or '.join(kinds)} on this machine")
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    names = ["cpu", *(["cuda", *cuda] if cuda else []), *["mps"] * torch.backends.mps.is_available()]
+    if device not in names:
+        refuse(f"--device: found {device!r}, expected {' or '.join(names)} on this machine")
     if device == "cuda" and here()[1] > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
-
 def run(main: Callable[[], None]) -> None:
-    """Runs a command: what is wrong with its input ends in one line on stderr and status 1, not in a
-    traceback."""
+    """Runs a command: wrong input ends in one line on stderr and status 1, not in a traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode costs no result
     if distributed.is_available() and distributed.is_torchelastic_launched():  # by torchrun
@@ -603,7 +475,6 @@ def run(main: Callable[[], None]) -> None:
             text = f"{type(e).__name__}, {Path(place.filename).name}:{place.lineno}: {text}; see --traceback"
         sys.exit(f"error: {text}")
 
-
 @dataclass
 class Settings(Scored):
     before: str | None = None            # analyse a pair: the model before unlearning, ...
@@ -611,30 +482,23 @@ class Settings(Scored):
     attacked: str | None = None          # ... and after an attack (attack.py --save)
     out: str | None = None               # folder for analysis.json; --after
 
-
 def scores_of(model: LM, tokenizer: Tokenizer, sets: tuple, tasks: dict, s: Scored) -> dict:
-    """FS, RS, accuracy on the retain set, FaithUn's other questions about C_f, log P of C_f and its margin,
-    US."""
-    def percent(C: list[Example]) -> dict:
-        return accuracy(model, tokenizer, C, s.eval_batch)
-
+    """FS, RS, log P of C_f and its margin, US, accuracy on C_r and on FaithUn's other questions about C_f."""
     C_f, C_r, C_t = sets
     logp, lead = margin(model, tokenizer, C_f, s.eval_batch)
-    found = {"FS": percent(C_f), "RS": percent(C_t), "forget_logp": logp, "forget_margin": lead}
+    found, parts = {"forget_logp": logp, "forget_margin": lead}, {"FS": C_f, "RS": C_t}
     if tasks:
         found["US"] = utility(model, tokenizer, tasks, s.utility_n, s.seed, max(1, s.eval_batch // 4))
-    if s.retain:  # TOFU: C_t is a part of C_r, and there are no other questions
-        return found
-    others = other_questions(s.forget, C_f, C_f)
-    return found | {"retain": percent(C_r)} | {name: percent(C) for name, C in others.items() if C}
-
+    if not s.retain:  # TOFU: C_t is a part of C_r, and there are no other questions
+        parts |= {"retain": C_r, **other_questions(s.forget, C_f, C_f)}
+    return {name: accuracy(model, tokenizer, C, s.eval_batch) for name, C in parts.items()} | found
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
     paths = {name: getattr(s, name) for name in ("before", "after", "attacked") if getattr(s, name)}
     if paths:
         folder = Path(s.out or s.after or "")
-        if len(paths) < 2 or "before" not in paths or "after" not in paths:
+        if not (s.before and s.after):
             refuse(f"--before, --after: found {', '.join(paths)}, expected both")
         if not s.out and not folder.is_dir():
             refuse(f"--out: found nothing, expected a folder, since --after {s.after} is none")
@@ -650,7 +514,6 @@ def main() -> None:
         for name, C in other_questions(s.forget, sets[2], sets[0]).items():
             result[f"test_{name}"] = accuracy(model, tokenizer, C, s.eval_batch)
     print(json.dumps(result, indent=1))
-
 
 if __name__ == "__main__":
     run(main)

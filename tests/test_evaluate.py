@@ -32,6 +32,22 @@ def test_wilson_solves_its_own_quadratic():
 
 def test_score_counts():
     assert score([True, False, False, False]) == {"percent": 25.0, "n": 4, "low": 4.56, "high": 69.94}
+    assert score([0.5, 0.25, 0.25, 0]) == score([True, False, False, False])
+    assert score([1.0] * 9)["low"] < 71 and score([0.5])["n"] == 1  # equal values are no certainty
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0, 0.5), (0.2, 0.6, 0.2), (0.1, 0.3, 0.6)])
+def test_the_interval_holds_the_true_mean_in_95_of_100_outcomes(shares):
+    """All outcomes of 40 items that score 0, 1/2 or 1 with these shares. A tenth narrower, it holds 92 % of the first."""
+    mean, held = 100 * (shares[1] / 2 + shares[2]), 0.0
+    for zeros in range(41):
+        for halves in range(41 - zeros):
+            ones = 40 - zeros - halves
+            out = score([0.0] * zeros + [0.5] * halves + [1.0] * ones)
+            ways = math.comb(40, zeros) * math.comb(40 - zeros, halves)
+            chance = ways * shares[0] ** zeros * shares[1] ** halves * shares[2] ** ones
+            held += chance * (out["low"] <= mean <= out["high"])
+    assert held >= 0.95 and (held < 0.97 or shares[1])
 
 
 @pytest.mark.parametrize("text, right", [
@@ -83,6 +99,25 @@ def test_flags_take_the_models_own_values_unless_given(tmp_path, capsys):
     assert s.lr == 0.5 and s.lam == 1e-3 and "unlearn.json sets lr 0.5" in capsys.readouterr().err
     assert evaluate.read_flags(ssiuu.Settings, "doc", ["--model", str(tmp_path), "--lr", "0.2"]).lr == 0.2
     assert evaluate.read_flags(attack.Settings, "doc", ["--model", str(tmp_path)]).attack_lrs == (0.25,)
+
+
+def test_a_flag_is_text_where_its_type_takes_text(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    s = evaluate.read_flags(attack.Settings, "doc", ["--control", "5", "a", "--p", "0.5", "1", "--attack-draws", "2"])
+    assert s.control == ("5", "a") and s.p == (0.5, 1.0) and s.attack_draws == 2 and s.bits is None
+    for flags, words in ((["--p", "0.1", "x"], "--p: found 'x', expected a number above 0, at most 1"),
+                         (["--bits", "8", "1"], "--bits: found 1, expected a whole number from 2 to 16"),
+                         (["--attack-draws", "1.5"], "--attack-draws: found 1.5, expected a whole number"),
+                         (["--seed", "1e400"], "--seed: found inf"), (["--bits"], "--bits: expected at least one")):
+        with pytest.raises(ValueError, match=f"^{words}"):
+            evaluate.read_flags(attack.Settings, "doc", flags)
+
+
+def test_help_shows_defaults_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.read_flags(attack.Settings, "doc", ["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(6.2.2, D.2) (1e-05 5e-06 1e-06)" in out and "retrain on (6.2.2) (0.1 0.3)" in out and "((" not in out
 
 
 def test_at_most_36_flags_each_declared_once():

@@ -1,9 +1,9 @@
 """ROUGE-L against rouge_score's own numbers; utility files, option scores and US against plain loops."""
 import importlib.util
+import itertools
 import json
 import math
 import random
-import statistics
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 import evaluate
 from data import Example, load_utility
-from evaluate import (chosen, mean_score, mismatched_tau, option_scores, recalls, rouge_l_recall, score, solved, utility)
+from evaluate import (chosen, mismatched_tau, option_scores, recalls, rouge_l_recall, score, solved, utility, wilson)
 from model import answer_logprob, generate, load
 
 ROOT = Path(__file__).parent.parent
@@ -62,13 +62,15 @@ def test_mismatched_tau_never_takes_the_own_answer():
     assert values == {0.0, round(1 / 3, 6), round(2 / 3, 6)}  # every pairing that the draw allows
 
 
-def test_mean_score_is_the_textbook_interval():
-    values = [0.2, 0.4, 0.9, 0.5]
-    half = 1.96 * statistics.stdev(values) / 2
-    assert mean_score(values) == {"percent": 50.0, "n": 4, "low": round(100 * (0.5 - half), 2),
-                                  "high": round(100 * (0.5 + half), 2)}
-    assert mean_score([0.1, 0.9])["low"] == 0.0 and mean_score([0.1, 0.9])["high"] == 100.0
-    assert mean_score([0.5])["n"] == 1 and mean_score([1.0] * 9)["low"] < 100  # equal values are no certainty
+def test_the_interval_of_us_is_wide_enough_where_samples_differ(monkeypatch):
+    """Two tasks at 50 %, of 8 and of 40 items: the 95 % interval holds 50 in at least 95 % of all outcomes."""
+    tasks, held = {name: [Example("Q", ["a"], ["b"])] * n for name, n in (("arc", 8), ("mmlu", 40))}, 0.0
+    for right in itertools.product(range(9), range(41)):
+        hits = iter([[i < k for i in range(n)] for k, n in zip(right, (8, 40))])
+        monkeypatch.setattr(evaluate, "chosen", lambda *args: next(hits))
+        out = utility(None, None, tasks)
+        held += (out["low"] <= 50 <= out["high"]) * math.comb(8, right[0]) * math.comb(40, right[1]) / 2 ** 48
+    assert 0.95 <= held < 0.999
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -232,15 +234,12 @@ def test_utility_is_the_mean_of_its_tasks(tiny):
     out = utility(model, tokenizer, tasks, n=20, size=3)
     sample = random.Random("0 arc").sample(tasks["arc"], 20)
     assert out["tasks"]["arc"] == score([plain_choice(model, tokenizer, e) for e in sample])
-    assert out["tasks"]["world_facts"] == mean_score([1, 1 / 3]) and out["tasks"]["gsm8k"]["percent"] == 0
-    assert out["n"] == 23 and list(out["tasks"]) == list(tasks)
-    p = out["tasks"]["arc"]["percent"] / 100
-    errors = [math.sqrt(p * (1 - p) / 19), 1 / 3, 0.5]  # stdev([1, 1/3]) / sqrt(2) = 1/3; of a single item 0.5
-    mean, half = (p + 2 / 3) / 3, 1.96 * math.sqrt(sum(x * x for x in errors)) / 3
-    assert out["percent"] == pytest.approx(100 * mean, abs=0.02)
-    assert (out["low"], out["high"]) == pytest.approx((max(0, 100 * (mean - half)), 100 * (mean + half)), abs=0.02)
+    assert out["tasks"]["world_facts"] == score([1, 1 / 3]) and out["tasks"]["gsm8k"]["percent"] == 0
+    assert list(out["tasks"]) == list(tasks) and [x["n"] for x in out["tasks"].values()] == [20, 2, 1]
+    mean = (out["tasks"]["arc"]["percent"] + 66.67 + 0) / 3
+    assert out == {**wilson(mean, 3), "tasks": out["tasks"]}  # of three tasks, the smallest sample is 1
     assert utility(model, tokenizer, tasks, n=20, size=16) == out
-    assert utility(model, tokenizer, tasks, n=20, seed=1)["n"] == 23
+    assert utility(model, tokenizer, tasks, n=20, seed=1)["percent"] != out["percent"]
 
 
 def test_utility_draws_each_tasks_sample_from_the_seed_and_its_name(tiny, monkeypatch):
