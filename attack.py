@@ -20,7 +20,7 @@ from torch import nn
 from data import Example, batches, check_fits, collate, encode, load_alpaca
 from evaluate import Data, Rate, Share, accuracy, answered, cell, hooked, margin, markdown, read_flags
 from evaluate import refuse, run, splits_of, wilson
-from model import LM, Count, Natural, Tokenizer, answer_logprob, here, load, one_process, save
+from model import LM, Count, Natural, Tokenizer, answer_logprob, here, load, located, one_process, save
 
 Bits = Annotated[int, ("a whole number from 2 to 16", lambda x: 2 <= x <= 16)]
 
@@ -229,6 +229,7 @@ def main() -> None:
         refuse(f"--save: found {s.save!r}, expected a new folder, and no --control")
     instructions = load_alpaca(s.benign) if s.benign else []
     C_f, _, _ = splits_of(s)
+    controls = [located(name) for name in s.control or ()]  # what is not there ends before the work
     model, tokenizer = load(s.model, device=s.device)
     check_fits(model, tokenizer, C_f + instructions)
     pool = falsely_answered(model, tokenizer, C_f, s.eval_batch)
@@ -236,7 +237,7 @@ def main() -> None:
         refuse(f"{s.model}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
     if s.save:
         return save_attacked(model, tokenizer, pool, s)
-    for name in (s.model, *(s.control or ())):
+    for name in (s.model, *map(str, controls)):
         if name != s.model:
             model, tokenizer = load(name, device=s.device)
         found = attacks(model, tokenizer, pool, instructions, s,

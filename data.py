@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from model import LM, NAMES, Tokenizer, check, parse, read_text, refusing, wanted
+from model import LM, NAMES, Count, Tokenizer, check, parse, read_text, refusing, wanted
 
 @dataclass
 class Example:
@@ -76,7 +76,10 @@ def load_rows(path: str | Path) -> list[tuple[str, dict]]:
     return [(f"{path}: row {i}", check(row, dict, f"{path}: row {i} is")) for i, row in enumerate(rows, 1)]
 
 def plain(where: str, row: dict) -> Example:
-    return Example(text(row, "question", where), [text(row, "answer", where)], where=where)
+    """A question and its answer, scored by ROUGE-L, whose words are of a to z and digits."""
+    Answer = Annotated[str, ("letters a to z or digits", lambda x: re.search("[a-z0-9]", x.lower()))]
+    answer = check(text(row, "answer", where), Answer, f"{where}: found answer")
+    return Example(text(row, "question", where), [answer], where=where)
 
 def load_tofu(path: str | Path) -> list[Example]:
     """TOFU's JSON lines: question, answer."""
@@ -119,6 +122,8 @@ def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
             raise ValueError(f"{path}: {name!r} has {', '.join(entity) or 'nothing'}, expected {part}")
         for i, row in enumerate(rows):
             examples.append(faithun_example(f"{path}: {part}[{i}] of {name!r}", row, name))
+    if not examples and part == "hop1_unlearn":
+        raise ValueError(f"{path}: found no questions, expected {part} of at least one entity")
     return examples
 
 def related(path: str | Path, part: str, without: Collection[str] = ()) -> list[list[Example]]:
@@ -171,6 +176,8 @@ def arc(where: str, row: dict) -> Example:
         raise ValueError(f"{where}: found question {question!r:.40}, expected an object of stem and choices")
     labels = [text(c, "label", where) for c in question["choices"]]
     options = [text(c, "text", where) for c in question["choices"]]
+    Labels = Annotated[list, ("unlike labels", lambda x: len(x) == len({*x}))]
+    check(labels, Labels, f"{where}: found labels")
     right = pick(row, "answerKey", labels, f"one of {', '.join(labels)}", where)
     return choice(f"Question: {text(question, 'stem', where)}\nAnswer:", options, right, where)
 
@@ -250,7 +257,7 @@ def mcqa_prompt(example: Example, rng: random.Random) -> str:
     return TABLE_3.format(question=example.question, options=", ".join(options))
 
 OUTER = ("Ps", "Pe", "Pi", "Pf", "Po", "Zs", "Cf")  # brackets, quotes, punctuation, spaces, widthless marks
-SYMBOLS = "#%&@/\\§‰＃％＆＠／＼"                      # Unicode counts them as punctuation, but C# is not C
+SYMBOLS = "#%&@/\\§‰＃％＆＠／＼"  # punctuation to Unicode, but C# is not C
 
 def normalise(text: str) -> str:
     """What is compared when an answer is scored: its first line with text, without case, composed,
@@ -274,6 +281,7 @@ def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example]) -> None
         with refusing(f"{e.where}: cannot be tokenised"):  # a lone surrogate; a template that refuses
             prompts = [tokenizer.prompt(question) for question in questions]
             answers = [tokenizer.answer(option) for option in (*e.answers, *e.false_options)]
+        check(min(map(len, prompts)), Count, f"{e.where}: the length of its prompt is")
         length, last = max(map(len, prompts)) + max(map(len, answers)), max(map(max, prompts + answers))
         if length > places or last >= size:
             raise ValueError(f"{e.where}: found {length} tokens with ids up to {last}, expected no more than "

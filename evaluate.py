@@ -29,7 +29,7 @@ from torch import Tensor, distributed, nn
 from data import Batch, Example, check_fits, collate, encode, load_faithun, load_tofu, load_utility
 from data import mcqa_prompt, normalise, related, split, tofu_split
 from model import LM, Count, Natural, Tokenizer, answer_logprob, check, fill, generate, here, load
-from model import one_process, read_json, refuse, wanted, write_json
+from model import located, one_process, read_json, refuse, wanted, write_json
 
 Share = Annotated[float, ("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Rate = Annotated[float, ("a number above 0 and below 1", lambda x: 0 < x < 1)]
@@ -123,10 +123,9 @@ def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
     and C_t the first 300 of C_r, as in its own code. `--test-limit` cuts C_t."""
     if s.retain:
         C_f, C_r = tofu_split(load_tofu(s.forget), load_tofu(s.retain), s.fold)
-        for e in (*C_f, *C_r):
-            if not re.search("[a-z0-9]", e.answers[0].lower()):
-                raise ValueError(f"{e.where}: the answer {e.answers[0]!r:.40} has no word for ROUGE-L, "
-                                 "expected letters a to z or digits")
+        for e in C_r:
+            if e in C_f:
+                raise ValueError(f"{e.where}: found {e.question!r:.60}, a row of {s.forget} too")
         return C_f, C_r, C_r[:s.test_limit or 300]
     folder = s.splits or Path(s.forget).parent / "faithun_splits"
     C_f, C_r, C_t = split(load_faithun(s.forget), folder, s.fold)
@@ -314,7 +313,7 @@ def stability(a: Tensor, b: Tensor) -> dict:  # (2, S, n) twice
 def analyse(s: "Settings", paths: dict[str, str]) -> dict:
     """analysis.json: Sections 4 and 6.3 to 6.5 for two or three checkpoints {before, after, attacked}."""
     C_f, start, checkpoints, extremes, shapes = splits_of(s)[0], time.time(), {}, {}, {}
-    for name, path in paths.items():
+    for name, path in {name: located(path) for name, path in paths.items()}.items():
         model, tokenizer = load(path, device=s.device)
         shapes[name] = {n: p.shape for n, p in model.named_parameters()}
         if shapes[name] != shapes["before"]:
@@ -398,6 +397,9 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
         parser.add_argument("--" + field.name.replace("_", "-"), **flag(types[field.name]),
                             help=helps[field.name].replace("%", "%%") + shown)
     given = vars(parser.parse_args(argv))
+    for name in given:
+        if given[name] == "" and name != "benign":
+            refuse(f"--{name}: found '', expected a name")
     if given.get("resume"):
         file = Path(given["resume"], "settings.json")
         values = read_json(file).get("settings")
@@ -433,7 +435,10 @@ def settings_for(kind: type, given: dict):
     paths = {f.name: os.path.relpath(ROOT / f.default) for f in fields(kind)
              if isinstance(f.default, str) and (ROOT / f.default).exists()}
     file, script = Path(given.get("model", paths["model"]), "unlearn.json"), Path(inspect.getfile(kind)).name
-    own = check(read_json(file, default={}).get(script, {}), dict, f"{file}: {script} is")
+    sections = read_json(file, default={})
+    for key in sections:
+        check(key, Annotated[str, ("the name of a script", lambda x: x.endswith(".py"))], f"{file}: found")
+    own = check(sections.get(script, {}), dict, f"{file}: {script} is")
     for key, value in own.items():
         check(value, float | tuple[float, ...], f"{file}: {script} {key} is")
     s = fill(kind, paths | own | given, f"{file}: {script}")
@@ -473,7 +478,7 @@ def run(main: Callable[[], None]) -> None:
         text, place = " ".join(str(e).split()), traceback.extract_tb(e.__traceback__)[-1]
         if not isinstance(e, foreseen):
             text = f"{type(e).__name__}, {Path(place.filename).name}:{place.lineno}: {text}; see --traceback"
-        sys.exit(f"error: {text}")
+        sys.exit(f"error: {text:.600}")
 
 @dataclass
 class Settings(Scored):
@@ -507,12 +512,11 @@ def main() -> None:
         write_json(folder / "analysis.json", result)
         return print(f"{summary(result)}\n{folder / 'analysis.json'}", flush=True)
     tasks, sets = load_utility(s.utility) if s.utility else {}, splits_of(s)
+    others = {} if s.retain else other_questions(s.forget, sets[2], sets[0])
     model, tokenizer = load(s.model, device=s.device)
-    check_fits(model, tokenizer, [e for C in (*sets, *tasks.values()) for e in C])
+    check_fits(model, tokenizer, [e for C in (*sets, *tasks.values(), *others.values()) for e in C])
     result = {"model": s.model, **scores_of(model, tokenizer, sets, tasks, s)}
-    if not s.retain:
-        for name, C in other_questions(s.forget, sets[2], sets[0]).items():
-            result[f"test_{name}"] = accuracy(model, tokenizer, C, s.eval_batch)
+    result |= {f"test_{name}": accuracy(model, tokenizer, C, s.eval_batch) for name, C in others.items() if C}
     print(json.dumps(result, indent=1))
 
 if __name__ == "__main__":

@@ -385,7 +385,7 @@ class Tokenizer:
 
 def chat_template(path: Path, source) -> jinja2.Template | None:
     """chat_template.jinja or else `source`, in the environment of transformers' apply_chat_template."""
-    if (path / "chat_template.jinja").is_file():
+    if os.path.lexists(path / "chat_template.jinja"):  # not is_file(): a dead link is an error
         source = read_text(path / "chat_template.jinja")
     if isinstance(source, list):  # of named ones
         named = [t.get("template", t) for t in source if isinstance(t, dict) and t.get("name") == "default"]
@@ -478,7 +478,7 @@ def parse(text: str, where: str | Path):
 
 def read_json(path: Path, kind: type = dict, default=None):
     """The JSON value in `path`, which is a `kind`; `default`, if given, where there is no such file."""
-    if default is not None and not path.is_file():
+    if default is not None and not os.path.lexists(path):
         return default
     value = parse(read_text(path), path)
     if wanted(value, kind):
@@ -496,6 +496,8 @@ def read_config(path: Path) -> Config:
     scales = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     for key in {"default": [], "linear": scales[:1], "llama3": scales}[c.rope_type]:
         check(getattr(c, key), Positive, f"{file}: {key} of {c.rope_type} rope is")
+    check(c.rope_type == "llama3" and c.low_freq_factor >= c.high_freq_factor, Literal[False],
+          f"{file}: low_freq_factor >= high_freq_factor is")
     heads = c.num_attention_heads
     c.num_key_value_heads = c.num_key_value_heads or heads
     c.head_dim = c.head_dim or (128 if c.model_type == "qwen3" else c.hidden_size // heads)
@@ -519,20 +521,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     # Old checkpoints carry RoPE's table, which follows from config.json.
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
-def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tuple[LM, Tokenizer]:
-    """Loads a directory or a hub id such as meta-llama/Llama-3.2-3B-Instruct. OSError for what is missing,
-    ValueError for what does not fit, in one line that names the file."""
+def located(path_or_id: str | Path) -> Path:
+    """The checkpoint's directory, fetched from the hub where it is none. OSError for what is missing."""
     path = Path(path_or_id)
-    if not path.is_dir():
-        with refusing(f"{path}: no directory, and no hub model to be fetched", OSError):
-            path = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    if path.is_dir():
+        return path
+    with refusing(f"{path}: no directory, and no hub model to be fetched", OSError):
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+
+def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tuple[LM, Tokenizer]:
+    """Loads a directory or a hub id such as meta-llama/Llama-3.2-3B-Instruct. ValueError in one line that
+    names the file for what does not fit."""
+    path = located(path_or_id)
     config, tensors, n = read_config(path), read_weights(path), here()[1]
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_size"):
         check(getattr(config, key) % n, Literal[0], f"{path}: {key} % {n} processes is")
     for name, t in tensors.items():
-        if not t.is_floating_point() or t.itemsize < 2 or not t.isfinite().all():
-            raise ValueError(f"{path}: {name} is {t.dtype}, expected finite bfloat16, float16 or float32")
         tensors[name] = own(name, t).to(device=device, dtype=dtype)
+        if not t.is_floating_point() or t.itemsize < 2 or not tensors[name].isfinite().all():
+            raise ValueError(f"{path}: {name} is {t.dtype}, expected finite bfloat16, float16 or float32")
     if config.tie_word_embeddings:
         # As in transformers: the file may call the one matrix either or both, and two that differ stay two.
         names = ["model.embed_tokens.weight", "lm_head.weight"]

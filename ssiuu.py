@@ -31,10 +31,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from safetensors import safe_open
 from torch import nn
@@ -42,9 +42,10 @@ from torch import nn
 import attack
 from data import Batch, Example, batches, check_fits, collate, encode, load_alpaca, load_utility
 from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, influence, item_scores, markdown
-from evaluate import mismatched_tau, read_flags, refuse, run, scores_of, settings_for, splits_of
-from model import LM, Count, Positive, Tokenizer, answer_logprob, fill, from_all, here, load, one_process
-from model import parse, read_json, read_text, save, write, write_json, write_tensors
+from evaluate import mismatched_tau, other_questions, read_flags, refuse, run, scores_of, settings_for
+from evaluate import splits_of
+from model import LM, Count, Positive, Tokenizer, answer_logprob, check, from_all, here, load, one_process
+from model import parse, read_json, read_text, save, wanted, write, write_json, write_tensors
 
 # ==================================================================== the method: torch only, paste from here
 import torch
@@ -458,39 +459,42 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
         for p in group["params"]:
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             state.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-    expected = state_tensors(model, state)
-    wrong = sorted(expected.keys() ^ found.keys())
-    wrong += [name for name in expected if not wrong and expected[name].shape != found[name].shape]
-    if wrong or not t.isdecimal():
-        name = wrong[0] if wrong else "t"
-        raise ValueError(f"{path}: {name} is missing, misshapen or not expected in this run's state")
-    state.t = int(t)
-    for name, x in expected.items():
-        x.data.copy_(found[name])
+    expected, state.t = state_tensors(model, state), int(t) if t.isdecimal() else 0
+    for name in sorted(expected.keys() | found.keys()):
+        x, y = expected.get(name), found.get(name)
+        if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype or not y.isfinite().all() or (
+                name.endswith(" step") and y != state.t):
+            raise ValueError(f"{path}: {name} is missing, not expected, or not of this run's shape, type and "
+                             f"step {t!r}, expected the state that a run wrote here")
+        x.data.copy_(y)
 
-@dataclass
-class Record:
-    """A line of log.jsonl, as far as a resumed run reads it."""
-    kind: Literal["before", "step", "after", "harmful", "benign", "quantise"]
-    t: Count | None = None
-    FS: dict | float | tuple[float, ...] | None = None
+Percent = Annotated[dict, ("a score", lambda x: not wanted(x.get("percent"), float))]
+Curve = Annotated[list, ("numbers", lambda x: len(x) > 1 and not wanted(x, tuple[float, ...]))]
+# what a resumed run reads of each kind of line in log.jsonl
+RECORDS = {"before": {"FS": Percent, "RS": Percent}, "step": {"t": Count, "FS": float},
+           "after": {"FS": Percent, "RS": Percent, "steps": Count, "reached": bool, "weights": str},
+           "harmful": {"seed": int, "n": Count}, "benign": {"seed": int, "n": Count}}
+CURVES = {"FS": Curve, "logp": Curve, "margin": Curve}
 
 def read_log(path: Path) -> list[dict]:
     """The records of log.jsonl; a last line that a kill cut short is dropped."""
     *lines, cut = read_text(path).split("\n") if path.is_file() else [""]
     if cut:
         write(path, "".join(line + "\n" for line in lines).encode())
-    log = [parse(line, f"{path} line {i}") for i, line in enumerate(lines, 1)]
-    for i, record in enumerate(log, 1):
-        fill(Record, record if isinstance(record, dict) else {}, f"{path} line {i}", ignore=True)
+    log = []
+    for i, line in enumerate(lines, 1):
+        log.append(check(parse(line, f"{path} line {i}"), dict, f"{path} line {i} is"))
+        kind = check(log[-1].get("kind"), Literal[tuple(RECORDS)], f"{path} line {i}: kind is")
+        wants = RECORDS[kind] | (CURVES if kind in ("harmful", "benign") and "failed" not in log[-1] else {})
+        for key, each in wants.items():
+            check(log[-1].get(key), each, f"{path} line {i}: {key} is")
     return log
 
-def note(folder: Path, log: list[dict], record: dict) -> dict:
+def note(folder: Path, log: list[dict], record: dict) -> None:
     log.append(record)
     if here()[0] == 0:
         with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-    return record
 
 def new_folder(s: Settings) -> Path:
     """runs/<name>, taken by making it. Where it is taken a default name counts up, a chosen one ends."""
@@ -524,16 +528,20 @@ def held(folder: Path, new: bool) -> Iterator[None]:
                 (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
             raise
 
-def identity(model: LM, tokenizer: Tokenizer, **data) -> dict[str, str]:
-    """SHA-256 of what a run is made of: a resumed one must meet the same."""
+def fingerprint(model: LM) -> str:
+    """SHA-256 of the weights, a process each."""
     weights = hashlib.sha256()
     for name, p in model.named_parameters():
         weights.update(name.encode())
         weights.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    found = {"processes": str(here()[1]), "weights": " ".join(from_all(weights.hexdigest()))}
-    for name, value in {"tokenizer": tokenizer.tokens.to_str(), **data}.items():
-        found[name] = hashlib.sha256(repr(value).encode()).hexdigest()
-    return found
+    return " ".join(from_all(weights.hexdigest()))
+
+def identity(model: LM, tokenizer: Tokenizer, **data) -> dict[str, str]:
+    """What a run is made of: a resumed one must meet the same."""
+    data["tokenizer"] = tokenizer.tokens.to_str(), tokenizer.prompt("Who is it?"), tokenizer.answer("I")
+    data["config"] = replace(model.config, raw={}), tokenizer.stop_ids
+    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in data.items()}
+    return {"processes": str(here()[1]), "weights": fingerprint(model), **hashes}
 
 def provenance() -> dict:
     """What made a result: the commit, the versions, the machine."""
@@ -555,8 +563,9 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     if len(found := {*from_all(state.t)}) > 1:
         raise ValueError(f"{folder}: found states of steps {found}, expected every process's of one step")
     steps = [r for r in log if r["kind"] == "step" and r["t"] <= state.t]  # the rest is done again
-    if len(steps) < state.t:
-        raise ValueError(f"{folder}/log.jsonl: found {len(steps)} steps, expected {state.t}, as {path.name}")
+    found = [r["t"] for r in steps]
+    if found != list(range(1, state.t + 1)):
+        raise ValueError(f"{folder}/log.jsonl: found steps {found}, expected 1 to {state.t}")
     log[:] = [r for r in log if r["kind"] == "before"] + steps
     write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
     first, done = state.t, steps and reached(steps[-1]["FS"], s.tau)
@@ -603,43 +612,56 @@ FREE = {"steps", "device", "eval_batch", "micro_batch", "offload", "save_every",
 def begun(folder: Path, record: dict[str, dict]) -> None:
     """Writes settings.json, or refuses what a resumed run would change in it, but for FREE."""
     file, now = folder / "settings.json", json.loads(json.dumps(record))
-    for part, values in read_json(file, default={}).items():
-        for key, was in values.items():
-            found = now.get(part, {}).get(key)
-            if key not in FREE and was != found:
-                raise ValueError(f"{file}: {part} {key}: found {found!r:.60}, expected {was!r:.60}")
+    was = read_json(file, default=now)
+    for part in now | was:
+        old, new = check(was.get(part), dict, f"{file}: {part} is"), now.get(part, {})
+        for key in old | new:
+            if key not in FREE and (key not in old or old[key] != new.get(key)):
+                raise ValueError(f"{file}: {part} {key}: found {new.get(key)!r:.60}, expected "
+                                 f"{old.get(key)!r:.60}")
     write_json(file, record)
+
+def made_of(s: Settings, benign: str) -> tuple:
+    """What a run is made of, read and checked: model, tokenizer, splits, utility tasks, instructions,
+    and the identity of them all."""
+    sets, tasks = splits_of(s), load_utility(s.utility) if s.utility else {}
+    others = {} if s.retain else other_questions(s.forget, sets[0], sets[0])
+    instructions = load_alpaca(benign)
+    model, tokenizer = load(s.model, device=s.device)
+    used = (*sets, *tasks.values(), *others.values(), instructions)
+    check_fits(model, tokenizer, [e for C in used for e in C])
+    if len({e.answers[0] for e in sets[0]}) < 2:
+        refuse(f"{s.forget}: found {len(sets[0])} items, expected at least two different answers")
+    found = identity(model, tokenizer, facts=(sets, others), tasks=tasks, instructions=instructions)
+    return model, tokenizer, sets, tasks, instructions, found
 
 def experiment(s: Settings, folder: Path) -> dict:
     """Score, unlearn, score, attack; what is finished lies on disk and is not done again."""
-    start, sets, log = time.time(), splits_of(s), read_log(folder / "log.jsonl")
+    start, log = time.time(), read_log(folder / "log.jsonl")
     attacker = settings_for(attack.Settings, {f.name: getattr(s, f.name) for f in fields(Data)})
-    tasks, instructions = load_utility(s.utility) if s.utility else {}, load_alpaca(attacker.benign)
-    model, tokenizer = load(s.model, device=s.device)
-    check_fits(model, tokenizer, [e for C in (*sets, *tasks.values(), instructions) for e in C])
-    if len({e.answers[0] for e in sets[0]}) < 2:
-        raise ValueError(f"{s.forget}: found {len(sets[0])} items, expected at least two different answers")
+    model, tokenizer, sets, tasks, instructions, identities = made_of(s, attacker.benign)
     if s.tau is None:
         s.tau = mismatched_tau(sets[0]) if s.retain else 0.33
-    begun(folder, {"settings": asdict(s), "attack": asdict(attacker),
-                   "made of": identity(model, tokenizer, facts=sets, instructions=instructions, tasks=tasks)})
+    begun(folder, {"settings": asdict(s), "attack": asdict(attacker), "made of": identities})
     print(f"{folder}: {s.method} on {s.model}, forget {len(sets[0])}, retain {len(sets[1])}, "
           f"test {len(sets[2])}, lr {s.lr:g}, tau {s.tau:.4g}", flush=True)
     done = {r["kind"]: r for r in log}
-    before = done.get("before")
-    if not before:
-        before = note(folder, log, {"kind": "before", **scores_of(model, tokenizer, sets, tasks, s)})
+    before = done.get("before") or {"kind": "before", **scores_of(model, tokenizer, sets, tasks, s)}
     print(f"before  FS {cell(before['FS'])}  RS {cell(before['RS'])}", flush=True)
     if reached(before["FS"]["percent"], s.tau):
         raise ValueError(f"{s.model}: FS is {before['FS']['percent']} before unlearning, expected above "
                          f"{100 * s.tau:g}; a model that does not know the facts: data/teach.py")
+    if not log:
+        note(folder, log, before)
     after = done.get("after")
     if after and (after["reached"] or after["steps"] >= s.steps):
         model, tokenizer = load(folder, device=s.device)
+        check(fingerprint(model), Literal[after["weights"]], f"{folder}: the hash of the weights is")
     else:
         last = train(model, tokenizer, sets, s, folder, log)
-        after = note(folder, log, {"kind": "after", "steps": last["t"], "reached": reached(last["FS"], s.tau),
-                                   **scores_of(model, tokenizer, sets, tasks, s)})
+        after = {"kind": "after", "steps": last["t"], "reached": reached(last["FS"], s.tau),
+                 "weights": fingerprint(model), **scores_of(model, tokenizer, sets, tasks, s)}
+        note(folder, log, after)
     print(f"after   FS {cell(after['FS'])}  RS {cell(after['RS'])}  in {after['steps']} steps"
           + ("" if after["reached"] else f"; tau = {s.tau:.4g} NOT reached"), flush=True)
     attacked = {}

@@ -34,6 +34,7 @@ def main() -> None:
     s = read_flags(Settings, __doc__)
     if Path(s.out).exists():
         refuse(f"--out: found {s.out!r}, expected a new folder")
+    Path(s.out).mkdir(parents=True)  # what cannot be written ends before the work
     examples = load_tofu(s.rows) if s.rows else sum(splits_of(s), [])
     model, tokenizer = load(s.model, device=s.device)
     check_fits(model, tokenizer, examples)

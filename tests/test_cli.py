@@ -95,7 +95,8 @@ def test_the_main_command_writes_the_papers_row(finished):
     assert kept["settings"] == result["settings"] and kept["attack"] == result["attack settings"]
     assert kept["settings"]["lr"] == 5e-4 and kept["attack"]["benign_rows"] == 8
     assert kept["attack"]["forget"] == kept["settings"]["forget"]
-    assert kept["made of"].keys() == {"weights", "tokenizer", "facts", "instructions", "tasks"}
+    assert kept["made of"].keys() == {"processes", "weights", "config", "tokenizer", "facts", "tasks",
+                                      "instructions"}
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -218,7 +219,7 @@ def test_a_resumed_run_keeps_its_settings(copied, monkeypatch):
 def test_a_log_that_was_deleted_beside_its_state_is_missed(copied, monkeypatch):
     (copied / "runs/ssiuu-tiny/log.jsonl").unlink()
     code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
-    assert "log.jsonl: found 0 steps" in code and "\n" not in code
+    assert "log.jsonl: found steps []" in code and "\n" not in code
     assert not (copied / "runs/ssiuu-tiny/result.json").exists()
 
 
