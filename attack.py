@@ -20,8 +20,9 @@ from torch import nn
 from data import Example, batches, check_fits, collate, encode, load_alpaca
 from evaluate import Data, Rate, Share, accuracy, answered, cell, hooked, margin, markdown, read_flags
 from evaluate import refuse, run, splits_of, wilson
-from model import LM, Count, Natural, Tokenizer, answer_logprob, here, load, located, one_process, save
+from model import LM, Count, Tokenizer, answer_logprob, here, load, located, one_process, save
 
+Rank = Annotated[int, ("a whole number from 0 to 1048576", lambda x: 0 <= x <= 2 ** 20)]
 Bits = Annotated[int, ("a whole number from 2 to 16", lambda x: 2 <= x <= 16)]
 
 @dataclass
@@ -32,7 +33,7 @@ class Settings(Data):
     attack_epochs: Count = 10             # of the harmful attack; unpublished
     attack_batch: Count = 4               # of both attacks; unpublished
     attack_draws: Count = 3               # draws of the retrained rows (6.2.2: three runs)
-    attack_rank: Natural = 0              # LoRA's r, not in the paper; 0: every weight is retrained
+    attack_rank: Rank = 0                 # LoRA's r, not in the paper; 0: every weight is retrained
     benign: str | None = "data/instructions.json"  # Alpaca file of the benign attack (6.2.2); "": none
     benign_lrs: tuple[Rate, ...] = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2, D.2)
     benign_rows: Count = 1000             # rows a draw, one pass (6.2.2; the passes are unpublished)

@@ -27,10 +27,11 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 from evaluate import markdown, refuse, run  # noqa: E402
-from model import read_json, write_json  # noqa: E402
+from model import check, read_json, write_json  # noqa: E402
 from ssiuu import provenance  # noqa: E402
 
 INITIAL = "--anchor initial --lam 0.03"
+L2 = "--anchor initial --target weights --penalise all"  # on the weights' change, in place of attribution's
 TINY = {
     "never taught": None,
     "gd": "--method gd",
@@ -40,7 +41,7 @@ TINY = {
     "gd slowed": "--method gd --lr 1.2e-5",
     "ssiuu initial 0.03 positive": f"{INITIAL} --penalise positive",
     "ssiuu initial 0.03 over npo": f"{INITIAL} --backbone npo --beta 0.3",
-    "l2 initial 3": "--anchor initial --lam 3 --target weights --penalise all",
+    "l2 initial 3": f"{L2} --lam 3",
     "ssiuu previous 0.1": "--lam 0.1",
     "ssiuu initial 0.03 all": f"{INITIAL} --penalise all",
     "ssiuu initial 0.03 random": f"{INITIAL} --penalise random",
@@ -63,7 +64,7 @@ FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, gri
     "klue": ["--lr 1e-4", "--lr 2e-4"], "random": ["--lr 2e-4", "--lr 5e-4"],
     "ssiuu": [*(f"--lam {lam}" for lam in (0.03, 0.1, 0.3, 1)),
               *(f"--anchor initial --lam {lam}" for lam in (0.003, 0.01, 0.03, 0.1)),
-              *(f"--anchor initial --target weights --penalise all --lam {lam}" for lam in (0.1, 0.3, 1, 3, 10)),
+              *(f"{L2} --lam {lam}" for lam in (0.1, 0.3, 1, 3, 10)),
               "--lr 2e-5 --lam 0.3", "--lr 2e-5 --anchor initial --lam 0.03"],
 }.items() for more in grid}
 SCORES = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
@@ -95,6 +96,18 @@ def command(*words: str) -> str:
     return done.stdout
 
 
+def kept_run(file: Path) -> dict:
+    """A kept run. ValueError where it has not what a table reads of it."""
+    result = read_json(file)
+    after = check(result.get("after"), dict, f"{file}: after is")
+    for side in (after, result.get("before", {})):
+        for name in ("FS", "RS", "retain"):
+            check(side.get(name, {"percent": 0.0}).get("percent"), float, f"{file}: percent of {name} is")
+    for key, kind in {"commit": str, "flags": dict, "attacks": dict | None, "analysis": dict | None}.items():
+        check(result.get(key), kind, f"{file}: {key} is")
+    return result
+
+
 def make_model(t: Table, row: str, fold: int, name: str) -> dict:
     """Makes or resumes runs/<name>, the model of this row; its scores as ssiuu.py or evaluate.py has them."""
     folder = ROOT / "runs" / name
@@ -117,8 +130,8 @@ def make(table: str, row: str, fold: int) -> dict:
     t, name, kept = TABLES[table], f"{table} {row} fold={fold}", HERE / table / f"{row} fold={fold}.json"
     flags = {"model": t.model, "steps": t.steps, "ssiuu.py": t.rows[row], "attack.py": t.attack}
     if kept.is_file():
-        result = read_json(kept)
-        if result.get("flags") != flags:
+        result = kept_run(kept)
+        if result["flags"] != flags:
             refuse(f"{kept}: found {result.get('flags')}, expected {flags}: remove it to run it again")
         return result
     result = {"flags": flags} | make_model(t, row, fold, name) | provenance()
@@ -197,7 +210,7 @@ def read_runs(table: str) -> dict[str, dict[int, dict]]:
     found = {}
     for row in TABLES[table].rows:
         for path in sorted((HERE / table).glob(f"{row} fold=*.json")):
-            found.setdefault(row, {})[int(path.stem.rpartition("=")[2])] = read_json(path)
+            found.setdefault(row, {})[int(path.stem.rpartition("=")[2])] = kept_run(path)
     return found
 
 
@@ -258,15 +271,35 @@ def shown(x: dict | None, most: int) -> str:
     return f"{x['mean']:.{digits}f}{ends}" + (f" n={x['folds']}" if x["folds"] != most else "")
 
 
-def show(table: dict, only: list[str] | None, minus: str) -> str:
+INTERVAL = {"mean": float, "low": float | None, "high": float | None, "folds": int}
+
+
+def read_table(file: Path) -> dict:
+    """table.json. ValueError for what `summarise` would not write."""
+    found = read_json(file)
+    rows, rank = (check(found.get(key), dict, f"{file}: {key} is") for key in ("rows", "rank"))
+    for name, row in {**rows, "rank": rank}.items():
+        for key, x in check(row, dict, f"{file}: {name} is").items():
+            cells = x if key.startswith("minus ") else {key: x}
+            for key, x in check(cells, dict, f"{file}: {name} {key} is").items():
+                check(x, dict, f"{file}: {name} {key} is")
+                for part, kind in INTERVAL.items():
+                    check(x.get(part), kind, f"{file}: {name} {key} {part} is")
+    return found
+
+
+def show(table: dict, only: list[str] | None, minus: str | None) -> str:
     """Two Markdown tables: means, and paired differences to the row `minus`. `only`: these columns."""
     rows = table["rows"]
-    names = [name for name in dict.fromkeys(name for row in rows.values() for name in row)
-             if not name.startswith("minus ")]
+    keys = dict.fromkeys(key for row in rows.values() for key in row)
+    compared = [key.removeprefix("minus ") for key in keys if key.startswith("minus ")]
+    if minus and minus not in compared:
+        refuse(f"--minus: found {minus!r}, expected one of {', '.join(compared)}")
+    names = [key for key in keys if not key.startswith("minus ")]
     for name in only or ():
         if name not in names:
             refuse(f"--columns: found {name!r}, expected some of {', '.join(names)}")
-    names, key = only or names, f"minus {minus}"
+    names, key = only or names, f"minus {minus or 'gd'}"
     means, less = [["row", "folds", *names]], [[f"{key}, paired", "folds", *names]]
     for row, columns in rows.items():
         for lines, found in ((means, columns), (less, columns.get(key))):
@@ -287,7 +320,7 @@ def main() -> None:
     parser.add_argument("--folds", nargs="+", type=int, metavar="K", help="make these folds (the table's)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="make these rows (all)")
     parser.add_argument("--columns", nargs="+", metavar="COLUMN", help="print these columns (all)")
-    parser.add_argument("--minus", default="gd", help="print paired differences to this row (gd)")
+    parser.add_argument("--minus", metavar="ROW", help="print paired differences to this row (gd)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core (1)")
     parser.add_argument("--print", action="store_true", help="print the table that is there, run nothing")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -301,7 +334,7 @@ def main() -> None:
     if not s.print:
         failed = make_all(s.table, s.rows or list(rows), s.folds or list(TABLES[s.table].folds), s.jobs)
         write_json(file, summarise(read_runs(s.table)))
-    print(show(read_json(file), s.columns, s.minus))
+    print(show(read_table(file), s.columns, s.minus))
     if failed:
         refuse(f"{len(failed)} runs failed, {', '.join(failed):.200}; the same command tries them again")
 
