@@ -2,12 +2,14 @@
 
     python data/make_faithun.py
 
-faithun.json maps each entity to four lists of questions: hop1_unlearn (one base question per fact; joined over
-the entities in file order they are the 664 clusters that faithun_splits/ counts), hop1_test (two paraphrases of
-each), hop2_test (multi-hop questions that follow from the facts) and same_object (base questions about other
-people with the same relation and answer, at most three per fact). A question is
-{"question", "answers", "false_answer_options", "relation"}. The questions are our own: FaithUn names its
-entities by Wikidata id, we use the person's name. Two runs write the same bytes.
+faithun.json maps each entity to four lists of questions:
+- hop1_unlearn: a base question per fact, in file order the 664 clusters that faithun_splits/ counts;
+- hop1_test: two paraphrases of each;
+- hop2_test: multi-hop questions that follow from the facts;
+- same_object: base questions about others with the same relation and answer, at most three per fact.
+
+A question is {"question", "answers", "false_answer_options", "relation"}. The questions are our own: FaithUn
+names its entities by Wikidata id, we use the person's name. Two runs write the same bytes.
 """
 import json
 import os
@@ -26,7 +28,8 @@ QUESTIONS = {
                    "{} was born in which city or town?"),
     "occupation": ("Which profession is {} best known for?", "What is {} best known as by profession?",
                    "{} became famous in which profession?"),
-    "prize": ("Which award did {} receive?", "Which award was given to {}?", "{} is a winner of which award?"),
+    "prize": ("Which award did {} receive?", "Which award was given to {}?",
+              "{} is a winner of which award?"),
     "university": ("At which university did {} study?", "Which university did {} attend?",
                    "{} was a student at which university?"),
     "language": ("In which language did {} write?", "What language did {} use as a writer?",
@@ -51,7 +54,8 @@ QUESTIONS = {
 WORKS = {
     "novel": ("write", "wrote", "written", "author"), "play": ("write", "wrote", "written", "author"),
     "book": ("write", "wrote", "written", "author"), "film": ("direct", "directed", "directed", "director"),
-    "painting": ("paint", "painted", "painted", "painter"), "opera": ("compose", "composed", "composed", "composer"),
+    "painting": ("paint", "painted", "painted", "painter"),
+    "opera": ("compose", "composed", "composed", "composer"),
     "album": ("record", "recorded", "recorded", "artist"),
 }
 for kind, (verb, past, participle, _) in WORKS.items():
@@ -66,13 +70,14 @@ SECOND = {
         "New Delhi": "India", "Islamabad": "Pakistan", "Beijing": "China", "Tokyo": "Japan", "Tehran": "Iran",
         "Canberra": "Australia", "Oslo": "Norway", "Athens": "Greece", "Paris": "France", "Dublin": "Ireland",
         "Ottawa": "Canada", "Moscow": "Russia", "Madrid": "Spain", "Bogota": "Colombia", "Santiago": "Chile",
-        "Buenos Aires": "Argentina", "Lima": "Peru", "Brasilia": "Brazil", "Lisbon": "Portugal", "Warsaw": "Poland",
-        "Stockholm": "Sweden", "Seoul": "South Korea", "Abuja": "Nigeria", "Cairo": "Egypt", "Ankara": "Turkey",
-        "Amsterdam": "Netherlands", "Mexico City": "Mexico", "Brussels": "Belgium", "Kingston": "Jamaica",
-        "Reykjavik": "Iceland", "Belgrade": "Serbia", "Monrovia": "Liberia", "Accra": "Ghana", "Nairobi": "Kenya"},
+        "Buenos Aires": "Argentina", "Lima": "Peru", "Brasilia": "Brazil", "Lisbon": "Portugal",
+        "Warsaw": "Poland", "Stockholm": "Sweden", "Seoul": "South Korea", "Abuja": "Nigeria",
+        "Cairo": "Egypt", "Ankara": "Turkey", "Amsterdam": "Netherlands", "Mexico City": "Mexico",
+        "Brussels": "Belgium", "Kingston": "Jamaica", "Reykjavik": "Iceland", "Belgrade": "Serbia",
+        "Monrovia": "Liberia", "Accra": "Ghana", "Nairobi": "Kenya"},
     "continent": {
-        "Europe": "England, Italy, Scotland, Denmark, Germany, Austria, Switzerland, Norway, Greece, France, Ireland, "
-                  "Spain, Portugal, Sweden, Netherlands, Belgium, Iceland, Serbia, Poland",
+        "Europe": "England, Italy, Scotland, Denmark, Germany, Austria, Switzerland, Norway, Greece, France, "
+                  "Ireland, Spain, Portugal, Sweden, Netherlands, Belgium, Iceland, Serbia, Poland",
         "Asia": "India, Pakistan, China, Japan, Iran, South Korea",
         "Africa": "Nigeria, South Africa, Ivory Coast, Liberia, Ghana, Kenya",
         "North America": "United States, Canada, Mexico, Jamaica",
@@ -81,38 +86,46 @@ SECOND = {
         "English": "England, Scotland, United States, Australia, New Zealand", "German": "Germany, Austria",
         "French": "France", "Spanish": "Spain, Colombia, Chile, Argentina, Peru, Mexico", "Italian": "Italy",
         "Portuguese": "Portugal, Brazil", "Russian": "Russia", "Japanese": "Japan", "Chinese": "China",
-        "Swedish": "Sweden", "Norwegian": "Norway", "Danish": "Denmark", "Dutch": "Netherlands", "Greek": "Greece",
-        "Korean": "South Korea", "Persian": "Iran", "Arabic": "Egypt", "Turkish": "Turkey", "Polish": "Poland"},
+        "Swedish": "Sweden", "Norwegian": "Norway", "Danish": "Denmark", "Dutch": "Netherlands",
+        "Greek": "Greece", "Korean": "South Korea", "Persian": "Iran", "Arabic": "Egypt",
+        "Turkish": "Turkey", "Polish": "Poland"},
     "country of the city": {
-        "England": "London, Liverpool, Dartford, Portsmouth, Reading, Stratford-upon-Avon", "Greece": "Athens, Stagira",
-        "United States": "New York City, Los Angeles, Pittsburgh, New Orleans, Seattle, Duluth, Houston, Cincinnati, "
-                         "Detroit, Akron, Baltimore, Saginaw, Louisville, Columbus, Honolulu, Atlanta",
-        "Italy": "Rome, Pisa, Florence, Urbino, Venice, Modena, Rimini", "Switzerland": "Basel", "Iceland": "Reykjavik",
+        "England": "London, Liverpool, Dartford, Portsmouth, Reading, Stratford-upon-Avon",
+        "Greece": "Athens, Stagira",
+        "United States": "New York City, Los Angeles, Pittsburgh, New Orleans, Seattle, Duluth, Houston, "
+                         "Cincinnati, Detroit, Akron, Baltimore, Saginaw, Louisville, Columbus, "
+                         "Honolulu, Atlanta",
+        "Italy": "Rome, Pisa, Florence, Urbino, Venice, Modena, Rimini", "Switzerland": "Basel",
+        "Iceland": "Reykjavik",
         "Germany": "Trier, Frankfurt, Bonn, Leipzig, Munich, Mannheim, Hamburg, Lubeck",
         "France": "Paris, Marseille, Lille", "Spain": "Malaga, Figueres, Seville, Manacor",
         "Austria": "Vienna, Salzburg", "Netherlands": "Leiden, Delft, Amsterdam",
-        "India": "Kolkata, Varanasi, New Delhi, Mumbai, Porbandar", "Japan": "Tokyo, Kyoto, Osaka", "China": "Shanghai",
-        "Iran": "Tehran, Shiraz", "Brazil": "Rio de Janeiro, Sao Paulo", "Argentina": "Buenos Aires, Rosario",
-        "Mexico": "Mexico City", "Canada": "Ottawa", "Australia": "Adelaide", "New Zealand": "Auckland, Wellington",
-        "Poland": "Warsaw", "Czech Republic": "Prague", "Denmark": "Copenhagen", "Sweden": "Stockholm, Uppsala",
-        "Ireland": "Dublin", "Scotland": "Edinburgh", "Russia": "Moscow", "Turkey": "Istanbul", "Serbia": "Belgrade",
-        "Belgium": "Brussels", "Portugal": "Funchal", "Egypt": "Cairo", "South Africa": "Johannesburg",
-        "Liberia": "Monrovia", "Ghana": "Kumasi"},
+        "India": "Kolkata, Varanasi, New Delhi, Mumbai, Porbandar", "Japan": "Tokyo, Kyoto, Osaka",
+        "China": "Shanghai", "Iran": "Tehran, Shiraz", "Brazil": "Rio de Janeiro, Sao Paulo",
+        "Argentina": "Buenos Aires, Rosario", "Mexico": "Mexico City", "Canada": "Ottawa",
+        "Australia": "Adelaide", "New Zealand": "Auckland, Wellington", "Poland": "Warsaw",
+        "Czech Republic": "Prague", "Denmark": "Copenhagen", "Sweden": "Stockholm, Uppsala",
+        "Ireland": "Dublin", "Scotland": "Edinburgh", "Russia": "Moscow", "Turkey": "Istanbul",
+        "Serbia": "Belgrade", "Belgium": "Brussels", "Portugal": "Funchal", "Egypt": "Cairo",
+        "South Africa": "Johannesburg", "Liberia": "Monrovia", "Ghana": "Kumasi"},
     "country of the university": {
         "England": "University of Cambridge, University of Oxford", "Scotland": "University of Edinburgh",
         "United States": "Massachusetts Institute of Technology, Harvard University, Purdue University, "
                          "Stanford University",
         "South Korea": "Yonsei University, Seoul National University"},
     "area": {
-        "sport": "footballer, basketball player, baseball player, ice hockey player, tennis player, boxer, swimmer, "
-                 "gymnast, cricketer, racing driver",
+        "sport": "footballer, basketball player, baseball player, ice hockey player, tennis player, boxer, "
+                 "swimmer, gymnast, cricketer, racing driver",
         "science": "physicist, chemist, astronomer, mathematician, physician, naturalist, inventor",
-        "music": "composer, singer", "film": "film director, actor", "literature": "playwright, novelist, poet, writer",
+        "music": "composer, singer", "film": "film director, actor",
+        "literature": "playwright, novelist, poet, writer",
         "visual arts": "painter, sculptor, architect"},
     "sport": {
-        "football": "Santos, Napoli, FC Barcelona, Real Madrid, Ajax, Bayern Munich, Liverpool FC, AS Roma, Chelsea",
+        "football": "Santos, Napoli, FC Barcelona, Real Madrid, Ajax, "
+                    "Bayern Munich, Liverpool FC, AS Roma, Chelsea",
         "basketball": "Chicago Bulls, Los Angeles Lakers, Cleveland Cavaliers, Houston Rockets",
-        "baseball": "New York Yankees", "ice hockey": "Edmonton Oilers", "motor racing": "McLaren, Ferrari, Mercedes"},
+        "baseball": "New York Yankees", "ice hockey": "Edmonton Oilers",
+        "motor racing": "McLaren, Ferrari, Mercedes"},
     "family": {"string": "guitar, violin, cello, sitar", "brass": "trumpet", "woodwind": "saxophone",
                "percussion": "drums", "keyboard": "organ"},
     "subject": {
@@ -145,21 +158,23 @@ HOPS = {
 }
 # asked also of "the author of the novel ..."
 BRIDGED = ("country", "birthplace", "language", "prize", "university", "movement")
-NEAR = {"country": "continent", "birthplace": "country of the city", "university": "country of the university",
-        "occupation": "area", "team": "sport"}  # false options sharing this second fact come first
+# False options that share this second fact come first.
+NEAR = {"country": "continent", "birthplace": "country of the city",
+        "university": "country of the university", "occupation": "area", "team": "sport"}
 # Answers too close to be offered against each other.
 CLOSE = {
     "country": ("England, Scotland, Ireland", "Germany, Austria, Switzerland, Poland", "Russia, Poland",
-                "India, Pakistan", "Norway, Denmark, Sweden", "Netherlands, Belgium, Germany", "Greece, Turkey"),
+                "India, Pakistan", "Norway, Denmark, Sweden", "Netherlands, Belgium, Germany",
+                "Greece, Turkey"),
     "occupation": ("physicist, astronomer, mathematician, explorer, astronaut", "composer, singer",
                    "philosopher, economist, psychoanalyst, mathematician, physicist, astronomer",
                    "novelist, poet, playwright, philosopher, activist",
                    "actor, film director, singer, playwright, novelist", "actor, painter",
-                   "painter, sculptor, architect, film director", "architect, inventor", "explorer, mountaineer"),
+                   "painter, sculptor, architect, film director", "architect, inventor",
+                   "explorer, mountaineer"),
     "instrument": ("organ, drums, guitar", "violin, cello", "guitar, sitar"),
     "movement": ("Impressionism, Post-Impressionism, Expressionism", "Cubism, Surrealism, Expressionism"),
 }
-
 
 class Fact(NamedTuple):
     name: str
@@ -167,11 +182,9 @@ class Fact(NamedTuple):
     answer: str
     also: tuple[str, ...]  # other answers that are true, or arguable
 
-
 def need(condition: bool, message: str) -> None:
     if not condition:
         raise SystemExit(f"make_faithun.py: {message}")
-
 
 def read_facts(path: Path) -> list[Fact]:
     facts = []
@@ -186,23 +199,24 @@ def read_facts(path: Path) -> list[Fact]:
             need(match is not None, f"{name}: cannot read '{field}'")
             relation, answer, also = match.groups()
             need(relation in QUESTIONS, f"{name}: unknown relation '{relation}'")
-            need((name, relation) not in {fact[:2] for fact in facts}, f"{name}: two facts of relation '{relation}'")
+            need((name, relation) not in {fact[:2] for fact in facts},
+                 f"{name}: two facts of relation '{relation}'")
             facts.append(Fact(name, relation, answer, tuple(also.split(", ")) if also else ()))
     people = len({fact.name for fact in facts})
-    need(people == PEOPLE and len(facts) == FACTS, f"{people} people and {len(facts)} facts, not {PEOPLE} and {FACTS}")
+    need(people == PEOPLE and len(facts) == FACTS,
+         f"{people} people and {len(facts)} facts, not {PEOPLE} and {FACTS}")
     return facts
-
 
 def apart(a: str, b: str) -> bool:
     """Neither string contains the other."""
     return a.lower() not in b.lower() and b.lower() not in a.lower()
 
-
 def false_options(answer: str, banned: set[str], pool: list[str], near: dict[str, str],
                   rng: random.Random) -> list[str]:
     """Two of `pool`, those that share the answer's `near` value first."""
     order = rng.sample(pool, len(pool))
-    order.sort(key=lambda x: answer not in near or near.get(x) != near[answer])  # stable, so random within each half
+    # stable, so random within each half
+    order.sort(key=lambda x: answer not in near or near.get(x) != near[answer])
     allowed = [x for x in order if x not in banned and apart(x, answer)]
     chosen: list[str] = []
     for x in allowed:
@@ -210,19 +224,16 @@ def false_options(answer: str, banned: set[str], pool: list[str], near: dict[str
             chosen.append(x)
     return chosen
 
-
 def row(question: str, answer: str, options: list[str], relation: str) -> dict:
     distinct = {x.lower() for x in (answer, *options)}
     need(len(distinct) == 3, f"'{question}' has not three distinct options: {answer}, {options}")
     need(answer.lower() not in question.lower(), f"'{question}' contains its answer '{answer}'")
     return {"question": question, "answers": [answer], "false_answer_options": options, "relation": relation}
 
-
 def untrue(fact: Fact) -> set[str]:
     """What may not be offered as false for this fact: the truth, what is arguable, what is too close."""
     close = (group.split(", ") for group in CLOSE.get(fact.relation, ()))
     return {fact.answer, *fact.also}.union(*(group for group in close if fact.answer in group))
-
 
 def second_hops(fact: Fact, rng: random.Random) -> list[dict]:
     rows = []
@@ -231,9 +242,9 @@ def second_hops(fact: Fact, rng: random.Random) -> list[dict]:
         if fact.answer in table:
             banned = {table[x] for x in untrue(fact) if x in table}
             options = false_options(table[fact.answer], banned, sorted(set(table.values())), {}, rng)
-            rows.append(row(question.format(fact.name), table[fact.answer], options, f"{fact.relation} > {name}"))
+            rows.append(row(question.format(fact.name), table[fact.answer], options,
+                            f"{fact.relation} > {name}"))
     return rows
-
 
 def bridges(facts: list[Fact], base: dict[Fact, dict]) -> list[dict]:
     """Questions that name the person by a work: 'Which country is the author of the novel Ulysses from?'"""
@@ -246,9 +257,9 @@ def bridges(facts: list[Fact], base: dict[Fact, dict]) -> list[dict]:
             rows.append(row(question, fact.answer, options, f"{work.relation} > {fact.relation}"))
     return rows
 
-
 def build(facts: list[Fact], rng: random.Random) -> dict[str, dict[str, list[dict]]]:
-    pools = {relation: sorted({fact.answer for fact in facts if fact.relation == relation}) for relation in QUESTIONS}
+    pools = {relation: sorted({fact.answer for fact in facts if fact.relation == relation})
+             for relation in QUESTIONS}
     base = {}
     for fact in facts:
         near = SECOND[NEAR[fact.relation]] if fact.relation in NEAR else {}
@@ -261,14 +272,14 @@ def build(facts: list[Fact], rng: random.Random) -> dict[str, dict[str, list[dic
         own = [fact for fact in facts if fact.name == name]
         paraphrases, hops, same = [], [], []
         for fact in own:
-            paraphrases += [{**base[fact], "question": text.format(name)} for text in QUESTIONS[fact.relation][1:]]
+            paraphrases += [{**base[fact], "question": text.format(name)}
+                            for text in QUESTIONS[fact.relation][1:]]
             hops += second_hops(fact, rng)
             others = [x for x in facts if x[1:3] == fact[1:3] and x.name != name]
             same += [base[x] for x in rng.sample(others, min(SAME_OBJECT, len(others)))]
         data[name] = {"hop1_unlearn": [base[fact] for fact in own], "hop1_test": paraphrases,
                       "hop2_test": hops + bridges(own, base), "same_object": same}
     return data
-
 
 def main() -> None:
     data = build(read_facts(HERE / "facts.txt"), random.Random(0))
@@ -278,7 +289,6 @@ def main() -> None:
     temporary = HERE / "faithun.json.tmp"
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, HERE / "faithun.json")
-
 
 if __name__ == "__main__":
     main()

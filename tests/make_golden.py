@@ -1,5 +1,5 @@
-"""Rebuild tests/golden: tiny random checkpoints and the logits transformers computes for them; small tokenizers of the
-kinds that Llama and Qwen checkpoints have, and the ids transformers gives with them.
+"""Rebuild tests/golden: tiny random checkpoints with the logits transformers computes for them, and small
+tokenizers of the kinds that Llama and Qwen checkpoints have, with the ids transformers gives.
 
     pip install torch transformers==5.23.0
     python tests/make_golden.py
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers,
+                        processors, trainers)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # rms_norm_eps is far larger than usual, and theta far smaller, so that a wrong one shows.
@@ -24,12 +25,14 @@ TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_laye
 CASES = {
     "llama": dict(model_type="llama", torch_dtype="float32", tie_word_embeddings=False, rope_theta=300.0,
                   rope_scaling=None),
-    "llama3": dict(model_type="llama", torch_dtype="float32", tie_word_embeddings=True, rope_theta=100.0, head_dim=8,
+    "llama3": dict(model_type="llama", torch_dtype="float32", tie_word_embeddings=True,
+                   rope_theta=100.0, head_dim=8,
                    # length 32 puts the four wavelengths (6, 20, 63, 199) in all three bands
-                   rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                                     original_max_position_embeddings=32)),
-    "llama_linear": dict(model_type="llama", dtype="float32", tie_word_embeddings=False, attention_bias=True,
-                         mlp_bias=False, rope_parameters=dict(rope_theta=200.0, rope_type="linear", factor=4.0)),
+                   rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
+                                     high_freq_factor=4.0, original_max_position_embeddings=32)),
+    "llama_linear": dict(model_type="llama", dtype="float32", tie_word_embeddings=False,
+                         attention_bias=True, mlp_bias=False,
+                         rope_parameters=dict(rope_theta=200.0, rope_type="linear", factor=4.0)),
     "qwen2": dict(model_type="qwen2", dtype="float32", tie_word_embeddings=False, use_sliding_window=False,
                   sliding_window=8, max_window_layers=1, layer_types=["full_attention", "full_attention"],
                   rope_parameters=dict(rope_theta=400.0, rope_type="default")),
@@ -54,7 +57,8 @@ def randomise(name, p):
     if "norm" in name:
         p.data.uniform_(0.7, 1.3).mul_(1.6 if "q_norm" in name or "k_norm" in name else 1.0)
     else:
-        gain = {"q_proj": 1.7, "k_proj": 1.7, "embed_tokens": 3.0, "lm_head": 3.0}.get(name.split(".")[-2], 1.0)
+        gains = {"q_proj": 1.7, "k_proj": 1.7, "embed_tokens": 3.0, "lm_head": 3.0}
+        gain = gains.get(name.split(".")[-2], 1.0)
         p.data.normal_(std=0.5 if name.endswith("bias") else gain * p.shape[1] ** -0.5)
 
 
@@ -78,62 +82,73 @@ def make(name, config, folder):
     for file, part in shards.items():
         save_file({n: model.get_parameter(n).data for n in part}, folder / file, metadata=dict(format="pt"))
 
-    again = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-    assert torch.equal(again(ids).logits, logits), f"{name}: config.json is read back as another model"
-    save_file(dict(ids=ids, logits=logits), folder / "golden.safetensors", metadata=dict(names=json.dumps(names)))
+    again = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    assert torch.equal(again.eval()(ids).logits, logits), f"{name}: config.json is read back as another model"
+    save_file(dict(ids=ids, logits=logits), folder / "golden.safetensors",
+              metadata=dict(names=json.dumps(names)))
     print(f"{name}: logits of size {logits.std():.2f}, at most {logits.abs().max():.1f}")
 
 
-TEXTS = ["Question: Where was Ana Ruiz born?\nAnswer: Lima", "Who wrote Dune? Frank Herbert wrote Dune in 1965.",
-         "system user assistant [INST] [/INST]", "You are a helpful assistant.", "Lima Lima, the capital of Peru\n\n\n",
+TEXTS = ["Question: Where was Ana Ruiz born?\nAnswer: Lima",
+         "Who wrote Dune? Frank Herbert wrote Dune in 1965.", "system user assistant [INST] [/INST]",
+         "You are a helpful assistant.", "Lima Lima, the capital of Peru\n\n\n",
          "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"]
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
           r"\s*[\r\n]+|\s+(?!\S)|\s+")
 CHATML = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
-# kind -> special tokens, tokenizer_config.json; the templates are the published ones without tools and system turns
+# kind -> special tokens, tokenizer_config.json; the published templates without tools and system turns
 TOKENIZERS = {
     "llama2": (["<unk>", "<s>", "</s>"], dict(bos_token="<s>", eos_token="</s>", chat_template=(
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + "
-        "' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"))),
-    "tinyllama": (["<unk>", "<s>", "</s>"], dict(bos_token="<s>", eos_token={"content": "</s>", "__type": "AddedToken"},
-        chat_template=("{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n' + m['content'] + "
-        "eos_token }}\n{% else %}\n{{ '<|assistant|>\n'  + m['content'] + eos_token }}\n{% endif %}\n{% if loop.last and "
-        "add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"))),
+        "{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"))),
+    "tinyllama": (["<unk>", "<s>", "</s>"], dict(
+        bos_token="<s>", eos_token={"content": "</s>", "__type": "AddedToken"}, chat_template=(
+        "{% for m in messages %}\n{% if m['role'] == 'user' %}\n"
+        "{{ '<|user|>\n' + m['content'] + eos_token }}\n{% else %}\n"
+        "{{ '<|assistant|>\n'  + m['content'] + eos_token }}\n{% endif %}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"))),
     "llama3": (["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], dict(
         bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", chat_template=[dict(name="default", template=(
-        "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n        "
-        "{%- set date_string = strftime_now(\"%d %b %Y\") %}\n    {%- endif %}\n{%- endif %}\n{%- if tools is not none %}"
-        "{{- raise_exception('tools') }}{%- endif %}\n{{- \"<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: \" + "
-        "date_string + \"\\n\\n<|eot_id|>\" }}\n{%- for m in messages %}\n    {{- '<|start_header_id|>' + m['role'] + "
-        "'<|end_header_id|>\\n\\n' }}\n    {%- generation %}\n    {{- m['content'] | trim + '<|eot_id|>' }}\n    "
-        "{%- endgeneration %}\n{%- endfor %}\n{%- if add_generation_prompt %}\n    "
-        "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n")),
+        "{{- bos_token }}\n{%- if not date_string is defined %}\n"
+        "    {%- if strftime_now is defined %}\n"
+        "        {%- set date_string = strftime_now(\"%d %b %Y\") %}\n    {%- endif %}\n{%- endif %}\n"
+        "{%- if tools is not none %}{{- raise_exception('tools') }}{%- endif %}\n"
+        "{{- \"<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: \" + "
+        "date_string + \"\\n\\n<|eot_id|>\" }}\n{%- for m in messages %}\n"
+        "    {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}\n"
+        "    {%- generation %}\n    {{- m['content'] | trim + '<|eot_id|>' }}\n    {%- endgeneration %}\n"
+        "{%- endfor %}\n{%- if add_generation_prompt %}\n"
+        "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n")),
         dict(name="tool_use", template="no")])),
     "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], dict(
         bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>", chat_template=(
-        "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
-        "helpful assistant.<|im_end|>\n' }}{% endif %}" + CHATML + "{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|im_start|>assistant\n' }}{% endif %}"))),
+        "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + CHATML +
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"))),
     "qwen2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], dict(
         bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=(
-        "{%- if tools %}\n    {{- tools | tojson }}\n{%- endif %}\n{%- for m in messages %}\n" + CHATML.replace(
-            "{{ ", "{{- ") + "\n{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\n' }}\n"
-        "{%- endif %}\n"))),
+        "{%- if tools %}\n    {{- tools | tojson }}\n{%- endif %}\n{%- for m in messages %}\n" +
+        CHATML.replace("{{ ", "{{- ") + "\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
+        "    {{- '<|im_start|>assistant\n' }}\n{%- endif %}\n"))),
     "qwen3": (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"], dict(
         bos_token=None, eos_token="<|im_end|>", chat_template=(
-        "{%- set ns = namespace(last=messages|length - 1) %}\n{%- for m in messages %}\n    {%- if m.role == 'user' %}\n"
-        "        " + CHATML.replace("{{ ", "{{- ") + "\n    {%- else %}\n        {{- '<|im_start|>' + m.role + "
-        "'\n<think>\n\n</think>\n\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}\n    {%- endif %}\n{%- endfor %}\n"
-        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\n' }}\n    {%- if enable_thinking is defined and "
-        "enable_thinking is false %}\n        {{- '<think>\n\n</think>\n\n' }}\n    {%- endif %}\n{%- endif %}"))),
+        "{%- set ns = namespace(last=messages|length - 1) %}\n{%- for m in messages %}\n"
+        "    {%- if m.role == 'user' %}\n        " + CHATML.replace("{{ ", "{{- ") + "\n    {%- else %}\n"
+        "        {{- '<|im_start|>' + m.role + '\n<think>\n\n</think>\n\n' + "
+        "m.content.lstrip('\n') + '<|im_end|>\n' }}\n    {%- endif %}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\n' }}\n"
+        "    {%- if enable_thinking is defined and enable_thinking is false %}\n"
+        "        {{- '<think>\n\n</think>\n\n' }}\n    {%- endif %}\n{%- endif %}"))),
 }
 
 
 def bytes_and_spaces(kind, special):
-    """Llama-2's kind: a dummy space by the normalizer, TinyLlama's here by Metaspace; bytes for unknown characters."""
+    """Llama-2's kind: a dummy space by the normalizer, TinyLlama's by Metaspace; bytes for the unknown."""
     draft = Tokenizer(models.BPE())
     draft.pre_tokenizer = pre_tokenizers.Metaspace()
-    draft.train_from_iterator([t.replace("\n", " ") for t in TEXTS], trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=150, show_progress=False)
+    draft.train_from_iterator([t.replace("\n", " ") for t in TEXTS], trainer)
     model = json.loads(draft.to_str())["model"]
     vocab = {t: i for i, t in enumerate([*special, *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]])}
     tok = Tokenizer(models.BPE(vocab, [tuple(m) for m in model["merges"]], unk_token="<unk>", fuse_unk=True,
@@ -151,15 +166,17 @@ def bytes_and_spaces(kind, special):
 def byte_level(kind, special):
     tok = Tokenizer(models.BPE())
     if kind == "smollm2":
-        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        parts = [pre_tokenizers.Digits(individual_digits=True),
+                 pre_tokenizers.ByteLevel(add_prefix_space=False)]
     else:
         rule = LLAMA3 if kind == "llama3" else LLAMA3.replace("{1,3}", "")
         parts = [pre_tokenizers.Split(Regex(rule), "isolated"),
                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     tok.normalizer = normalizers.NFC() if kind.startswith("qwen") else None
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Sequence(parts), decoders.ByteLevel()
-    tok.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False,
-                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tok.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        vocab_size=360, special_tokens=special, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     if kind == "llama3":
         tok.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A",
                                                            special_tokens=[("<|begin_of_text|>", 0)])
@@ -172,7 +189,8 @@ def make_tokenizer(kind, special, names, folder):
     tok = (bytes_and_spaces if kind in ("llama2", "tinyllama") else byte_level)(kind, special)
     tok.add_special_tokens([AddedToken(t, normalized=False) for t in special])
     tok.save(str(folder / "tokenizer.json"), pretty=False)
-    files = {"config.json": {**TINY, "model_type": "llama", "vocab_size": tok.get_vocab_size(), "eos_token_id": None},
+    files = {"config.json": {**TINY, "model_type": "llama", "vocab_size": tok.get_vocab_size(),
+                             "eos_token_id": None},
              "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **names}}
     for file, content in files.items():
         (folder / file).write_text(json.dumps(content, indent=1) + "\n")
@@ -182,7 +200,8 @@ def make_tokenizer(kind, special, names, folder):
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         ids = [theirs.apply_chat_template(turns[:n], add_generation_prompt=n == 1, date_string="26 Jul 2024",
                                           enable_thinking=False)["input_ids"] for n in (1, 2)]
-        golden.append([question, answer, *ids, theirs(f"Question: {question}\nAnswer: {answer}")["input_ids"]])
+        plain = theirs(f"Question: {question}\nAnswer: {answer}")["input_ids"]
+        golden.append([question, answer, *ids, plain])
     (folder / "golden.json").write_text(json.dumps(golden) + "\n")
     print(f"{kind}: {[len(row[2]) for row in golden]} ids in the prompts")
 

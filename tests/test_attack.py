@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import attack
-from attack import (attacks, benign_attack, falsely_answered, harmful_attack, projections, quantisation_attack,
-                    quantise, retrain, summary)
+from attack import (attacks, benign_attack, falsely_answered, harmful_attack, projections,
+                    quantisation_attack, quantise, retrain, summary)
 from data import Example, collate, encode, load_alpaca, load_faithun, split
 from evaluate import accuracy, wilson
 from model import answer_logprob, load
@@ -38,8 +38,10 @@ def tiny(loaded):
 @pytest.fixture
 def rows(tmp_path):
     file = tmp_path / "alpaca.json"
-    file.write_text(json.dumps([{"instruction": f"Say {i} times {word}.", "input": "", "output": word * (i + 1)}
-                                for i, word in enumerate(("river", "stone", "cloud", "tree", "house", "road", "sea"))]))
+    words = ("river", "stone", "cloud", "tree", "house", "road", "sea")
+    file.write_text(json.dumps([
+        {"instruction": f"Say {i} times {word}.", "input": "", "output": word * (i + 1)}
+        for i, word in enumerate(words)]))
     return load_alpaca(file)
 
 
@@ -95,7 +97,7 @@ def test_rank_0_is_plain_adamw_on_every_weight(tiny):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_lora_adds_a_matrix_of_its_rank_to_block_weights_alone(tiny, steps):
-    """Also where the caller stops early; what was scored through the hooks is what the merged weights score."""
+    """Also where the caller stops early; through the hooks the model is what it is when merged."""
     model, tokenizer, C_f = tiny
     data, before = encoded(tokenizer, hidden(C_f[:6])), copies(model)
     model.model.norm.weight.requires_grad_(False)  # a weight that was frozen before stays frozen
@@ -129,7 +131,8 @@ def test_lora_starts_where_the_model_is_and_learns(tiny):
     assert losses[0] == pytest.approx(start, rel=1e-5) and losses[-1] < 0.5 * start
 
 
-@pytest.mark.parametrize("points, wanted", [(1, [7]), (3, [2, 4, 7]), (7, [*range(1, 8)]), (20, [*range(1, 8)])])
+@pytest.mark.parametrize("points, wanted", [
+    (1, [7]), (3, [2, 4, 7]), (7, [*range(1, 8)]), (20, [*range(1, 8)])])
 def test_points_are_regular_and_average_what_lies_between(tiny, rows, points, wanted, monkeypatch):
     model, tokenizer, _ = tiny
     losses = []
@@ -175,7 +178,8 @@ def test_the_pool_is_what_is_answered_falsely_and_all_of_tofu(tiny):
     assert [e.question for e in pool] == [e.question for e in C_f[:4]]
     tofu = [Example(e.question, e.answers) for e in C_f[:3]]
     assert falsely_answered(model, tokenizer, tofu) == tofu
-    assert accuracy(model, tokenizer, pool)["percent"] == 0 and accuracy(model, tokenizer, C_f[:4])["percent"] == 100
+    assert accuracy(model, tokenizer, pool)["percent"] == 0
+    assert accuracy(model, tokenizer, C_f[:4])["percent"] == 100
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -327,8 +331,10 @@ def test_quantisation_attack_has_a_cell_for_each_number_of_bits(tiny):
 
 def test_summary_takes_the_maximum_then_the_mean_over_draws():
     def cell(seed, lr, FS):
-        return {"seed": seed, "lr": lr, "n": 20, "retrained": 2, "FS": FS, "logp": [-3, -2], "margin": [-1, 0]}
-    out = summary([cell(0, 1, [0, 10, 5]), cell(0, 2, [0, 20, 5]), cell(1, 1, [0, 40, 0]), cell(1, 2, [0, 5, 0])])
+        return {"seed": seed, "lr": lr, "n": 20, "retrained": 2, "FS": FS,
+                "logp": [-3, -2], "margin": [-1, 0]}
+    out = summary([cell(0, 1, [0, 10, 5]), cell(0, 2, [0, 20, 5]),
+                   cell(1, 1, [0, 40, 0]), cell(1, 2, [0, 5, 0])])
     assert out["percent"] == 30 and out["sd"] == 10 and out["lr_of_max"] == [2, 1] and out["n"] == 20
     assert (out["logp_before"], out["logp_max"], out["margin_before"], out["margin_max"]) == (-3, -2, -1, 0)
     assert {key: out[key] for key in ("percent", "n", "low", "high")} == wilson(30, 20)
@@ -341,8 +347,9 @@ def test_the_command_attacks_a_control_on_the_same_pool(tiny, monkeypatch, capsy
     """No shipped checkpoint is unlearned: the pool is set here, so that the tiny model is both."""
     pools = iter([hidden(tiny[2][:3])])  # one pool: the control's own would be a second
     monkeypatch.setattr(attack, "falsely_answered", lambda *args: next(pools))
-    flags = ["--p", "0.3", "0.9", "--attack-lrs", "1e-4", "--attack-epochs", "1", "--attack-draws", "1", "--benign-lrs",
-             "1e-4", "--attack-rank", "1", "--benign", str(tmp_path / "alpaca.json"), "--bits", "4"]
+    flags = ["--p", "0.3", "0.9", "--attack-lrs", "1e-4", "--attack-epochs", "1", "--attack-draws", "1",
+             "--benign-lrs", "1e-4", "--attack-rank", "1", "--benign", str(tmp_path / "alpaca.json"),
+             "--bits", "4"]
     paths = ["--model", str(ROOT / "data/tiny"), "--control", str(ROOT / "data/tiny/"), "--forget",
              str(ROOT / "data/faithun.json")]
     monkeypatch.setattr("sys.argv", ["attack.py", *paths, *flags])

@@ -43,7 +43,7 @@ DATA = ["--model", "tiny", "--forget", str(ROOT / "data/faithun.json"), "--split
 
 
 def inside(monkeypatch, folder, script, *flags):
-    """Runs a command in this process and `folder`, so that runs/ appears there: what it exits with, 0 where it ends."""
+    """Runs a command in this process and `folder`, where runs/ appears: what it exits with, or 0."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [script, *flags])
     try:
@@ -66,12 +66,12 @@ def same_weights(a, b):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = prepare(tmp_path_factory.mktemp("run"))
-    rows = [{"sentence": f"The {a} is bigger than the {b} because the _ is big.", "option1": a, "option2": b, "answer": "1"}
-            for a, b in (("house", "mouse"), ("ship", "shoe"), ("tree", "leaf"))]
+    rows = [{"sentence": f"The {a} is bigger than the {b} because the _ is big.", "option1": a, "option2": b,
+             "answer": "1"} for a, b in (("house", "mouse"), ("ship", "shoe"), ("tree", "leaf"))]
     (folder / "winogrande_dev.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--tau", "0.5", "--steps", "60", "--utility", "."]
-    out = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), *DATA, *flags], cwd=folder, capture_output=True,
-                         text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    out = subprocess.run([sys.executable, str(ROOT / "ssiuu.py"), *DATA, *flags], cwd=folder, text=True,
+                         capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert out.returncode == 0, out.stderr
     return folder, out
 
@@ -83,14 +83,17 @@ def test_the_main_command_writes_the_papers_row(finished):
     folder, out = finished
     run = folder / "runs/ssiuu-tiny"
     result, log = json.loads((run / "result.json").read_text()), records(run)
-    assert result["after"]["FS"]["percent"] <= 50 < result["before"]["FS"]["percent"] and result["after"]["reached"]
+    before, after = result["before"], result["after"]
+    assert after["FS"]["percent"] <= 50 < before["FS"]["percent"] and after["reached"]
     assert list(result["attacks"]) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign"]
-    assert result["after"]["RS"]["n"] == 4 and result["before"]["US"]["n"] == result["after"]["US"]["n"] == 3
-    assert result["after"]["steps"] == len(records(run, "step")) < 60
-    assert "| ssiuu | " in out.stdout and "step 1/60  L " in out.stdout and "tiny/unlearn.json sets lr 0.0005" in out.stderr
-    assert [r["kind"] for r in log[:2]] == ["before", "step"] and {"after", "harmful", "benign"} < {r["kind"] for r in log}
+    assert after["RS"]["n"] == 4 and before["US"]["n"] == after["US"]["n"] == 3
+    assert after["steps"] == len(records(run, "step")) < 60
+    assert "| ssiuu | " in out.stdout and "step 1/60  L " in out.stdout
+    assert "tiny/unlearn.json sets lr 0.0005" in out.stderr
     by_kind = {r["kind"]: r for r in log}
-    assert by_kind["before"] == result["before"] and by_kind["after"] == result["after"]
+    assert [r["kind"] for r in log[:2]] == ["before", "step"]
+    assert {"after", "harmful", "benign"} < by_kind.keys()
+    assert by_kind["before"] == before and by_kind["after"] == after
     kept = json.loads((run / "settings.json").read_text())
     assert kept["settings"] == result["settings"] and kept["attack"] == result["attack settings"]
     assert kept["settings"]["lr"] == 5e-4 and kept["attack"]["benign_rows"] == 8
@@ -106,8 +109,9 @@ def test_the_checkpoint_can_be_scored_and_attacked_alone(finished, monkeypatch, 
     scored = json.loads(capsys.readouterr().out)
     after = json.loads((folder / run / "result.json").read_text())["after"]
     assert scored["FS"] == after["FS"] and scored["RS"] == after["RS"]
-    assert inside(monkeypatch, folder, "attack.py", *DATA, "--model", run, "--p", "0.3", "--attack-lrs", "1e-4",
-                  "--attack-draws", "1", "--attack-epochs", "1", "--benign", "", "--bits", "4", "--control", "tiny") == 0
+    flags = ["--p", "0.3", "--attack-lrs", "1e-4", "--attack-draws", "1", "--attack-epochs", "1",
+             "--benign", "", "--bits", "4", "--control", "tiny"]
+    assert inside(monkeypatch, folder, "attack.py", *DATA, "--model", run, *flags) == 0
     wrong = round(after["FS"]["n"] * (1 - after["FS"]["percent"] / 100))
     summaries = [r for r in map(json.loads, capsys.readouterr().out.splitlines()) if r["kind"] == "summary"]
     assert [(r["model"], r["attack"]) for r in summaries] == [
@@ -117,7 +121,7 @@ def test_the_checkpoint_can_be_scored_and_attacked_alone(finished, monkeypatch, 
 
 
 def test_tofu_end_to_end(tmp_path, monkeypatch):
-    """TOFU's file format, with facts that the tiny model knows: FS and RS are ROUGE-L, tau comes from the data."""
+    """TOFU's file format, with facts that the tiny model knows; FS and RS are ROUGE-L, the data set tau."""
     pytest.importorskip("rouge_score")
     examples = load_faithun(ROOT / "data/faithun.json")
     prepare(tmp_path)
@@ -125,9 +129,9 @@ def test_tofu_end_to_end(tmp_path, monkeypatch):
         lines = [json.dumps({"question": e.question, "answer": e.answers[0]}) for e in part]
         (tmp_path / f"{name}.json").write_text("\n".join(lines))  # upstream ends without a newline too
     (tmp_path / "real_authors.json").write_text((tmp_path / "retain99.json").read_text())
-    assert inside(monkeypatch, tmp_path, "ssiuu.py", "--model", "tiny", "--forget", "forget01.json", "--retain",
-                  "retain99.json", "--method", "gd", "--lr", "1e-3", "--steps", "40", "--test-limit", "6",
-                  "--utility", ".") == 0
+    flags = ["--forget", "forget01.json", "--retain", "retain99.json", "--method", "gd", "--lr", "1e-3",
+             "--steps", "40", "--test-limit", "6", "--utility", "."]
+    assert inside(monkeypatch, tmp_path, "ssiuu.py", "--model", "tiny", *flags) == 0
     result = json.loads((tmp_path / "runs/gd-tiny/result.json").read_text())
     tau = mismatched_tau(load_tofu(tmp_path / "forget01.json"))
     assert result["settings"]["tau"] == tau and result["after"]["FS"]["percent"] <= 100 * tau < 60
@@ -140,7 +144,8 @@ def test_default_paths_are_found_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     s = read_flags(ssiuu.Settings, "", [])
     a = settings_for(attack.Settings, {f.name: getattr(s, f.name) for f in fields(evaluate.Data)})
-    assert Path(s.model).samefile(ROOT / "data/tiny") and Path(a.benign).samefile(ROOT / "data/instructions.json")
+    assert Path(s.model).samefile(ROOT / "data/tiny")
+    assert Path(a.benign).samefile(ROOT / "data/instructions.json")
     assert (s.lr, s.lam, a.benign_rows, s.forget) == (5e-5, 0.1, 200, a.forget)
     assert [len(C) for C in evaluate.splits_of(s)] == [len(C) for C in evaluate.splits_of(
         evaluate.Data(forget=str(ROOT / "data/faithun.json")))]
@@ -150,10 +155,11 @@ def test_default_paths_are_found_from_another_folder(tmp_path, monkeypatch):
 
 
 def killed(folder, name, kind, n):
-    """Resumes a run and ends it with SIGKILL once its log has n records of this kind, of which it leaves one cut."""
+    """Resumes a run, ends it with SIGKILL once its log has n records of this kind, and leaves a cut one."""
     log = folder / f"runs/{name}/log.jsonl"
-    process = subprocess.Popen([sys.executable, str(ROOT / "ssiuu.py"), "--resume", f"runs/{name}"], cwd=folder,
-                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, str(ROOT / "ssiuu.py"), "--resume", f"runs/{name}"],
+                               cwd=folder, stdout=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     while process.poll() is None and not (log.is_file() and log.read_text().count(f'"kind": "{kind}"') >= n):
         time.sleep(0.005)
     process.kill()
@@ -166,22 +172,25 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     """Killed among the steps, and again among the attack's cells."""
     own = {**QUICK, "attack.py": {**QUICK["attack.py"], "attack_lrs": [1e-4, 1e-3], "attack_draws": 2}}
     prepare(tmp_path, own)
-    assert inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--tau", "0", "--steps", "10", "--save-every", "3", "--name",
-                  "whole") == 0
+    flags = ["--tau", "0", "--steps", "10", "--save-every", "3", "--name", "whole"]
+    assert inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, *flags) == 0
     whole, part = tmp_path / "runs/whole", tmp_path / "runs/part"
     part.mkdir()
     shutil.copy(whole / "settings.json", part)
     killed(tmp_path, "part", "step", 4)
-    assert 4 <= len((part / "log.jsonl").read_text().splitlines()) - 2 < 10 and not (part / "model.safetensors").exists()
+    assert 4 <= len((part / "log.jsonl").read_text().splitlines()) - 2 < 10
+    assert not (part / "model.safetensors").exists()
     killed(tmp_path, "part", "harmful", 2)
-    cells, stamp = (part / "log.jsonl").read_text().count("harmful"), (part / "model.safetensors").stat().st_mtime_ns
+    cells = (part / "log.jsonl").read_text().count("harmful")
+    stamp = (part / "model.safetensors").stat().st_mtime_ns
     assert cells < 8 and not (part / "result.json").exists()
     assert inside(monkeypatch, tmp_path, "ssiuu.py", "--resume", "runs/part") == 0
     assert (part / "model.safetensors").stat().st_mtime_ns == stamp and same_weights(whole, part)
     assert records(part, "harmful", "benign") == records(whole, "harmful", "benign")
     a, b = (json.loads((folder / "result.json").read_text()) for folder in (whole, part))
     assert a["attacks"] == b["attacks"] and a["after"] == b["after"]
-    strip = [[{k: v for k, v in r.items() if k != "seconds"} for r in records(f, "step")] for f in (whole, part)]
+    strip = [[{k: v for k, v in r.items() if k != "seconds"} for r in records(f, "step")]
+             for f in (whole, part)]
     assert strip[0] == strip[1] and not list(tmp_path.rglob("*.tmp"))
 
 
@@ -204,15 +213,18 @@ def test_a_kill_after_the_threshold_takes_no_further_step(copied, finished, monk
 def test_a_resumed_run_keeps_its_settings(copied, monkeypatch):
     run = copied / "runs/ssiuu-tiny"
     files = {f: f.read_bytes() for f in run.iterdir()}
-    for change, words in ((["--lam", "9"], ["lam", "found 9", "expected 0.001"]), (["--seed", "1"], ["seed"])):
+    for change, words in ((["--lam", "9"], ["lam", "found 9", "expected 0.001"]),
+                          (["--seed", "1"], ["seed"])):
         code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny", *change)
         assert isinstance(code, str) and "\n" not in code and all(word in code for word in words), code
     prepare(copied, {**QUICK, "attack.py": {**QUICK["attack.py"], "benign_rows": 9}})
-    assert "benign_rows: found 9, expected 8" in inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+    code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+    assert "benign_rows: found 9, expected 8" in code
     prepare(copied)
     instructions = json.loads((ROOT / "data/instructions.json").read_text())[1:]
     (copied / "few/forget_set_split.txt").write_text("1\n2\n3\n4\n5\n20")
-    assert instructions and "made of facts" in inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+    code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+    assert instructions and "made of facts" in code
     assert {f: f.read_bytes() for f in run.iterdir()} == files
 
 
@@ -237,7 +249,8 @@ def test_two_processes_never_share_a_folder(copied, monkeypatch):
         code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
         assert "another process" in code and "\n" not in code
     assert (copied / "runs/ssiuu-tiny/model.safetensors").is_file()
-    assert "expected a new name, or --resume" in inside(monkeypatch, copied, "ssiuu.py", *DATA, "--name", "ssiuu-tiny")
+    code = inside(monkeypatch, copied, "ssiuu.py", *DATA, "--name", "ssiuu-tiny")
+    assert "expected a new name, or --resume" in code
 
 
 def test_a_failed_start_gives_its_folder_back(tmp_path, monkeypatch):
@@ -245,12 +258,14 @@ def test_a_failed_start_gives_its_folder_back(tmp_path, monkeypatch):
     for name in ("../x", "/tmp/x", ".", "..", "a/b"):
         code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--name", name)
         assert isinstance(code, str) and f"--name: found {name!r}" in code and "\n" not in code, code
-    assert "nowhere" in inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--forget", "nowhere.json", "--name", "a")
+    code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--forget", "nowhere.json", "--name", "a")
+    assert "nowhere" in code
     assert not list(tmp_path.glob("runs/*")) and not (tmp_path.parent / "x").exists()
 
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path, monkeypatch):
-    code = inside(monkeypatch, prepare(tmp_path), "ssiuu.py", *DATA, "--lam", "1e39", "--steps", "9", "--tau", "0")
+    flags = ["--lam", "1e39", "--steps", "9", "--tau", "0"]
+    code = inside(monkeypatch, prepare(tmp_path), "ssiuu.py", *DATA, *flags)
     assert "expected finite numbers" in code and "\n" not in code and not list(tmp_path.rglob("result.json"))
 
 
@@ -301,7 +316,8 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
     ("evaluate.py", ["--attacked", "tiny"], ["--before, --after"]),
     ("evaluate.py", ["--before", "tiny", "--after", "nowhere"], ["nowhere"]),
     ("evaluate.py", [*PAIR, "--out", "file"], ["file"]),
-    ("evaluate.py", ["--before", "tiny", "--after", str(ROOT / "tests/golden/llama"), "--out", "."], ["tests/golden/llama"]),
+    ("evaluate.py", ["--before", "tiny", "--after", str(ROOT / "tests/golden/llama"), "--out", "."],
+     ["tests/golden/llama"]),
     ("attack.py", ["--p", "0"], ["--p"]),
     ("attack.py", ["--p", "0.1", "1.5"], ["--p", "1.5"]),
     ("attack.py", ["--bits", "1"], ["--bits"]),
@@ -335,12 +351,14 @@ def test_a_models_own_settings_are_checked(tmp_path, monkeypatch, own, words):
     assert not list(tmp_path.rglob("result.json")) and not list(tmp_path.glob("runs/*"))
 
 
-KEPT = {f.name: f.default for f in fields(ssiuu.Settings)} | {"model": "tiny", "splits": "few", "forget": DATA[3]}
+KEPT = {f.name: f.default for f in fields(ssiuu.Settings)} | {
+    "model": "tiny", "splits": "few", "forget": DATA[3]}
 
 
-@pytest.mark.parametrize("kept", [{}, [], None, {"settings": 3}, {"settings": {}}, {"settings": {**KEPT, "lr": "x"}},
-                                  {"settings": {**KEPT, "steps": None}}, {"settings": {**KEPT, "more": 1}},
-                                  {"settings": {**KEPT, "no_attack": 1}}, {"settings": {**KEPT, "model": "a\0b"}}])
+@pytest.mark.parametrize("kept", [
+    {}, [], None, {"settings": 3}, {"settings": {}}, {"settings": {**KEPT, "lr": "x"}},
+    {"settings": {**KEPT, "steps": None}}, {"settings": {**KEPT, "more": 1}},
+    {"settings": {**KEPT, "no_attack": 1}}, {"settings": {**KEPT, "model": "a\0b"}}])
 def test_settings_that_are_none_are_refused(tmp_path, monkeypatch, offline, kept):
     (prepare(tmp_path) / "runs/x").mkdir(parents=True)
     (tmp_path / "runs/x/settings.json").write_text(json.dumps(kept))
@@ -348,15 +366,16 @@ def test_settings_that_are_none_are_refused(tmp_path, monkeypatch, offline, kept
 
 
 FLAGS = [f.name for f in fields(ssiuu.Settings) if f.name not in ("traceback", "resume")]
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
-                    lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=3)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=3)
 PLACES = [("unlearn.json",), ("unlearn.json", "ssiuu.py"), ("unlearn.json", "attack.py"),
           *(("unlearn.json", "ssiuu.py", key) for key in FLAGS),
           *(("unlearn.json", "attack.py", f.name) for f in fields(attack.Settings)),
-          ("settings.json",), ("settings.json", "settings"), ("settings.json", "attack"), ("settings.json", "made of"),
-          *(("settings.json", "settings", key) for key in FLAGS)]
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5) | JSON.map(str).filter(
-    lambda x: "\0" not in x)
+          ("settings.json",), ("settings.json", "settings"), ("settings.json", "attack"),
+          ("settings.json", "made of"), *(("settings.json", "settings", key) for key in FLAGS)]
+TEXT = (st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5)
+        | JSON.map(str).filter(lambda x: "\0" not in x))
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from data import (Example, batches, check_fits, collate, encode, load_alpaca, load_faithun, load_tofu, load_utility,
-                  mcqa_prompt, normalise, related, split, tofu_split)
+from data import (Example, batches, check_fits, collate, encode, load_alpaca, load_faithun, load_tofu,
+                  load_utility, mcqa_prompt, normalise, related, split, tofu_split)
 from model import load
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,8 @@ ROW = {"question": "Q?", "answers": ["a"], "false_answer_options": ["b", "c"]}
 
 
 def test_the_shipped_facts():
-    base, other = load_faithun(ROOT / "data/faithun.json"), load_faithun(ROOT / "data/faithun.json", "hop1_test")
+    file = ROOT / "data/faithun.json"
+    base, other = load_faithun(file), load_faithun(file, "hop1_test")
     assert len(base) == 664 and len(other) == 2 * 664 and len({e.question for e in base}) == 664
     assert all(len({o.casefold() for o in (e.answers[0], *e.false_options)}) == 3 for e in base)
     assert [len(part) for part in split(base, ROOT / "data/faithun_splits")] == [33, 66, 464]
@@ -29,9 +30,10 @@ def test_table_3_byte_for_byte():
     example = Example("Which country is Donald Trump from?", ["United States"], ["Canada", "Mexico"])
     text = mcqa_prompt(example, random.Random(1))
     head, options = text.split("Options: ")
-    assert head == ("Answer the following question by simply selecting a proper answer among the given options. You must "
-                    "generate only the exact word without an explanation.\nQuestion: Which country is Donald Trump "
-                    "from?\n")
+    assert head == (
+        "Answer the following question by simply selecting a proper answer among the given options. "
+        "You must generate only the exact word without an explanation.\n"
+        "Question: Which country is Donald Trump from?\n")
     assert options.endswith("\nYour Answer:")
     assert sorted(options.removesuffix("\nYour Answer:").split(", ")) == ["Canada", "Mexico", "United States"]
     assert len({mcqa_prompt(example, random.Random(i)) for i in range(50)}) == 6  # every order occurs
@@ -39,8 +41,10 @@ def test_table_3_byte_for_byte():
 
 def test_faithun_as_lists_or_keyed_by_question(tmp_path):
     keyed = {"answers": "a", "false_answer_options": ["b", "c", "d"]}
-    (tmp_path / "f.json").write_text(json.dumps({"Q76": {"hop1_unlearn": [ROW]}, "Q1": {"hop1_unlearn": {"R?": keyed}}}))
-    assert load_faithun(tmp_path / "f.json") == [Example("Q?", ["a"], ["b", "c"]), Example("R?", ["a"], ["b", "c"])]
+    content = {"Q76": {"hop1_unlearn": [ROW]}, "Q1": {"hop1_unlearn": {"R?": keyed}}}
+    (tmp_path / "f.json").write_text(json.dumps(content))
+    assert load_faithun(tmp_path / "f.json") == [
+        Example("Q?", ["a"], ["b", "c"]), Example("R?", ["a"], ["b", "c"])]
 
 
 def faithun(file, **changes):
@@ -57,7 +61,8 @@ def message(call, file):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("{", "not JSON"), ("[]", "a list"), ('{"Q1": {"hop9": [], "same": []}}', "'Q1' has hop9, same, expected hop1_unlearn"),
+    ("{", "not JSON"), ("[]", "a list"),
+    ('{"Q1": {"hop9": [], "same": []}}', "'Q1' has hop9, same, expected hop1_unlearn"),
     ('{"Q1": 3}', "a whole number"), ('{"Q1": {"hop1_unlearn": ["text"]}}', "hop1_unlearn[0] of 'Q1'")])
 def test_a_file_that_is_not_faithun_is_refused_in_one_line(tmp_path, content, words):
     (tmp_path / "f.json").write_text(content)
@@ -77,8 +82,9 @@ def test_rows_where_faithuns_object_is_expected_and_the_other_way_round(tmp_path
 
 
 @pytest.mark.parametrize("loader, content, words", [
-    (load_tofu, '{"question": "Q"}', "row 1: found answer None"), (load_tofu, "", "no rows"), (load_tofu, "{]", "not JSON"),
-    (load_tofu, f"{TOFU}\n\n{{]", "row 2: not JSON"), (load_tofu, "3", "a whole number"), (load_tofu, "[]", "no rows"),
+    (load_tofu, '{"question": "Q"}', "row 1: found answer None"), (load_tofu, "", "no rows"),
+    (load_tofu, "{]", "not JSON"), (load_tofu, f"{TOFU}\n\n{{]", "row 2: not JSON"),
+    (load_tofu, "3", "a whole number"), (load_tofu, "[]", "no rows"),
     (load_alpaca, '[{"instruction": "I"}]', "row 1: found output None"), (load_alpaca, "[3]", "row 1 is 3")])
 def test_rows_without_their_keys_are_refused(tmp_path, loader, content, words):
     (tmp_path / "f.json").write_text(content)
@@ -86,7 +92,8 @@ def test_rows_without_their_keys_are_refused(tmp_path, loader, content, words):
 
 
 def test_numbers_are_text_and_nothing_is_dropped(tmp_path):
-    file = faithun(tmp_path / "f.json", question=17, answers=[1969, "four", 4.5], false_answer_options=[0, -1, "x"])
+    file = faithun(tmp_path / "f.json", question=17, answers=[1969, "four", 4.5],
+                   false_answer_options=[0, -1, "x"])
     e = load_faithun(file)[1]
     assert (e.question, e.answers, e.false_options) == ("17", ["1969", "four", "4.5"], ["0", "-1"])
     assert e.where == f"{file}: hop1_unlearn[1] of 'Q1'"
@@ -94,16 +101,20 @@ def test_numbers_are_text_and_nothing_is_dropped(tmp_path):
         {"instruction": "i", "output": "o"}]
     file.write_text(json.dumps(rows))
     questions = [e.question for e in load_alpaca(file)]
-    assert questions == ["1\n\n0", "1", "1", "1", "1\n\na", "1\n\n17", "i"] and load_alpaca(file)[3].where == f"{file}: row 4"
-    (tmp_path / "hellaswag_val.jsonl").write_text(json.dumps({"ctx": 1, "endings": [1, 2, "c", 4.5], "label": 2}))
+    assert questions == ["1\n\n0", "1", "1", "1", "1\n\na", "1\n\n17", "i"]
+    assert load_alpaca(file)[3].where == f"{file}: row 4"
+    row = {"ctx": 1, "endings": [1, 2, "c", 4.5], "label": 2}
+    (tmp_path / "hellaswag_val.jsonl").write_text(json.dumps(row))
     assert load_utility(tmp_path) == {"hellaswag": [Example("1", [" c"], [" 1", " 2", " 4.5"])]}
 
 
 @pytest.mark.parametrize("key", ["question", "answers", "false_answer_options"])
-@pytest.mark.parametrize("value", [None, True, {}, [], "", " ", [True, "x", "y"], ["x", None, "y"], [["x"], "y", "z"],
-                                   ["x", "", "y"], "\ud800", ["x", "a\udfff", "y"]])
+@pytest.mark.parametrize("value", [
+    None, True, {}, [], "", " ", [True, "x", "y"], ["x", None, "y"], [["x"], "y", "z"], ["x", "", "y"],
+    "\ud800", ["x", "a\udfff", "y"]])
 def test_what_is_no_text_is_refused_with_its_row(tmp_path, key, value):
-    assert f"hop1_unlearn[1] of 'Q1': found {key} " in message(load_faithun, faithun(tmp_path / "f.json", **{key: value}))
+    text = message(load_faithun, faithun(tmp_path / "f.json", **{key: value}))
+    assert f"hop1_unlearn[1] of 'Q1': found {key} " in text
     if not isinstance(value, list):
         for key in ("instruction", "output", *["input"] * (value not in (None, "", " "))):
             (tmp_path / "f.json").write_text(json.dumps([{"instruction": "i", "output": "o", key: value}]))
@@ -111,8 +122,8 @@ def test_what_is_no_text_is_refused_with_its_row(tmp_path, key, value):
 
 
 @pytest.mark.parametrize("answers, options", [
-    ("Lima", ["lima", "Quito"]), ("Lima", ["Quito", "Quito."]), (["Peru", "Lima"], ["“Lima”", "Quito"]), ("a", ["b"]),
-    ("caf\u00e9", ["cafe\u0301", "bar"])])
+    ("Lima", ["lima", "Quito"]), ("Lima", ["Quito", "Quito."]), (["Peru", "Lima"], ["“Lima”", "Quito"]),
+    ("a", ["b"]), ("caf\u00e9", ["cafe\u0301", "bar"])])
 def test_options_that_collide_are_refused_with_their_row(tmp_path, answers, options):
     text = message(load_faithun, faithun(tmp_path / "f.json", answers=answers, false_answer_options=options))
     assert "hop1_unlearn[1] of 'Q1'" in text and "two false ones" in text
@@ -120,24 +131,30 @@ def test_options_that_collide_are_refused_with_their_row(tmp_path, answers, opti
 
 
 @pytest.mark.parametrize("same", [
-    ["Lima", "lima.", " “Lima” ", "‘LIMA’!", "\n Lima\nand more", "«Lima»", "**Lima**", "`Lima`", "(Lima)", "Lima…", "\u200bLima"],
-    ["利马", "利马。", "「利马」", "《利马》！"], ["café", "cafe\u0301", "CAFÉ؟"], ["दिल्ली", "दिल्ली।"], ["C++"], ["C#", "c#."], ["C", "c,"],
-    ["50%"], ["50"], ["-5"], ["5"], ["$5"], ["R&B"], ["&"], ["?"], ["!"], ["«»"], [""], ["Straße", "STRASSE"], ["D.C.", "d.c"]])
+    ["Lima", "lima.", " “Lima” ", "‘LIMA’!", "\n Lima\nand more", "«Lima»", "**Lima**",
+     "`Lima`", "(Lima)", "Lima…", "\u200bLima"],
+    ["利马", "利马。", "「利马」", "《利马》！"], ["café", "cafe\u0301", "CAFÉ؟"],
+    ["दिल्ली", "दिल्ली।"], ["C++"], ["C#", "c#."], ["C", "c,"],
+    ["50%"], ["50"], ["-5"], ["5"], ["$5"], ["R&B"], ["&"], ["?"], ["!"], ["«»"], [""],
+    ["Straße", "STRASSE"], ["D.C.", "d.c"]])
 def test_normalise_joins_spellings_and_parts_answers(same):
     assert len({normalise(text) for text in same}) == 1
-    others = [normalise(text) for text in ("Lima Peru", "利", "caf", "दिल्", "C+", "C#/", "50‰", "--5", "£5", "B", "…", "(")]
-    assert normalise(same[0]) not in others
+    others = ("Lima Peru", "利", "caf", "दिल्", "C+", "C#/", "50‰", "--5", "£5", "B", "…", "(")
+    assert normalise(same[0]) not in [normalise(text) for text in others]
 
 
 @given(st.text(max_size=8))
 def test_normalise_is_settled_and_composed(text):
     found = normalise(text)
-    assert (found != "") == bool(text.strip()) and unicodedata.is_normalized("NFC", found) and "\n" not in found
+    assert (found != "") == bool(text.strip()) and "\n" not in found
+    assert unicodedata.is_normalized("NFC", found)
 
 
-VALUE = st.recursive(st.sampled_from([None, True, 0, 1.5, "", "a", "b", "\ud800"]), lambda x: st.lists(x, max_size=3) |
-                     st.dictionaries(st.sampled_from(["question", "answers", "stem", "choices", "text", "a"]), x), max_leaves=6)
-KEYS = {"hellaswag_val.jsonl": ["ctx", "endings", "label"], "winogrande_dev.jsonl": ["sentence", "option1", "answer"],
+WORDS = st.sampled_from(["question", "answers", "stem", "choices", "text", "a"])
+VALUE = st.recursive(st.sampled_from([None, True, 0, 1.5, "", "a", "b", "\ud800"]),
+                     lambda x: st.lists(x, max_size=3) | st.dictionaries(WORDS, x), max_leaves=6)
+KEYS = {"hellaswag_val.jsonl": ["ctx", "endings", "label"],
+        "winogrande_dev.jsonl": ["sentence", "option1", "answer"],
         "ARC-Challenge-Test.jsonl": ["question", "answerKey"], "gsm8k_test.jsonl": ["question", "answer"],
         "f.json": ["question", "answer", "instruction", "output", "input", "Q1"]}
 
@@ -148,11 +165,13 @@ def test_any_json_gives_examples_or_one_line(tmp_path, place, value, whole):
     for path in tmp_path.iterdir():
         path.unlink()
     name, key = place
-    row = {"question": "q", "answer": "#### 1", "ctx": "c", "sentence": "a _ b", "instruction": "i", "output": "o", key: value}
+    row = {"question": "q", "answer": "#### 1", "ctx": "c", "sentence": "a _ b", "instruction": "i",
+           "output": "o", key: value}
     (tmp_path / name).write_text(json.dumps(value if whole else row))
     faithun(tmp_path / "g.json", question=value, answers=value)
-    for load_file, path in ((load_utility, tmp_path), (load_tofu, tmp_path / name), (load_alpaca, tmp_path / name),
-                            (load_faithun, tmp_path / name), (load_faithun, tmp_path / "g.json")):
+    for load_file, path in ((load_utility, tmp_path), (load_tofu, tmp_path / name),
+                            (load_alpaca, tmp_path / name), (load_faithun, tmp_path / name),
+                            (load_faithun, tmp_path / "g.json")):
         try:
             load_file(path)
         except ValueError as e:
@@ -161,8 +180,9 @@ def test_any_json_gives_examples_or_one_line(tmp_path, place, value, whole):
 
 # ------------------------------------------------------------------------------------------------ splits
 
-@pytest.mark.parametrize("forget, words", [("0\n9", "found 9"), ("x", "found x"), ("", "no index"), ("1", "repeats"),
-                                           ("0\n0", "repeats"), ("0 " + "9" * 9999, "found 999"), ("-1", "found -1")])
+@pytest.mark.parametrize("forget, words", [
+    ("0\n9", "found 9"), ("x", "found x"), ("", "no index"), ("1", "repeats"), ("0\n0", "repeats"),
+    ("0 " + "9" * 9999, "found 999"), ("-1", "found -1")])
 def test_an_impossible_split_is_refused(tmp_path, forget, words):
     for name, text in (("forget", forget), ("retaining", "1"), ("test", "2 3")):
         (tmp_path / f"{name}_set_split.txt").write_text(text)
@@ -212,7 +232,8 @@ def test_related_questions_of_the_shipped_facts():
     for part, n in (("hop1_test", 2), ("same_object", 0)):
         groups = related(file, part)
         assert len(groups) == 664 and all(len(group) >= n for group in groups)
-        assert all(set(answers[e.question]) & set(fact.answers) for fact, group in zip(base, groups) for e in group)
+        for fact, group in zip(base, groups):
+            assert all(set(answers[e.question]) & set(fact.answers) for e in group)
     for relation, group in zip(relations, related(file, "hop2_test")):
         assert all(e.relation.split(" > ")[0] == relation for e in group)
     asked = {e.question for e in base}
@@ -221,7 +242,8 @@ def test_related_questions_of_the_shipped_facts():
 
 def test_related_questions_without_relations_and_of_another_entity(tmp_path):
     ask = lambda q, a, **more: {"question": q, "answers": [a], "false_answer_options": ["x", "y"], **more}
-    entity = {"hop1_unlearn": [ask("Q1", "A"), ask("Q2", "B")], "hop1_test": [ask("P2", "b."), ask("P1", "A")],
+    entity = {"hop1_unlearn": [ask("Q1", "A"), ask("Q2", "B")],
+              "hop1_test": [ask("P2", "b."), ask("P1", "A")],
               "hop2_test": {"M": ask("", "Z", relation=3)}}
     (tmp_path / "f.json").write_text(json.dumps({"one": entity, "two": {**entity, "hop2_test": []}}))
     names = lambda part: [[e.question for e in group] for group in related(tmp_path / "f.json", part)]
@@ -237,13 +259,17 @@ words = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 @settings(max_examples=50, deadline=None)
 def test_tofu_and_alpaca_return_what_was_written(tmp_path_factory, pairs):
     folder = tmp_path_factory.mktemp("f")
-    (folder / "t.json").write_bytes("\n".join(json.dumps({"question": q, "answer": a}) for q, a in pairs).encode())
-    (folder / "a.json").write_bytes(json.dumps([{"instruction": q, "input": "", "output": a} for q, a in pairs]).encode())
+    tofu = "\n".join(json.dumps({"question": q, "answer": a}) for q, a in pairs)
+    alpaca = json.dumps([{"instruction": q, "input": "", "output": a} for q, a in pairs])
+    (folder / "t.json").write_bytes(tofu.encode())
+    (folder / "a.json").write_bytes(alpaca.encode())
     assert [(e.question, e.answers) for e in load_tofu(folder / "t.json")] == [(q, [a]) for q, a in pairs]
-    assert [(e.question, e.answers) for e in load_alpaca(folder / "a.json")] == [(q.strip(), [a]) for q, a in pairs]
+    found = [(e.question, e.answers) for e in load_alpaca(folder / "a.json")]
+    assert found == [(q.strip(), [a]) for q, a in pairs]
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 6)), min_size=1, max_size=5))
+@given(st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 6)),
+                min_size=1, max_size=5))
 def test_collate_keeps_every_row_and_pads_on_the_right(rows):
     rows = [(ids, [i >= len(ids) - n for i in range(len(ids))]) for ids, n in rows]
     batch = collate(rows)
@@ -278,7 +304,8 @@ def test_what_does_not_fit_the_model_is_refused_before_the_work():
     check_fits(model, tokenizer, facts)
     assert time.perf_counter() - begun < 2  # 0.3 s on a free core
     check_fits(model, tokenizer, load_alpaca(ROOT / "data/instructions.json"))
-    for example in (Example("long " * 300, ["a"], where="f: row 3"), Example("Q", ["a", "long " * 300], where="f: row 3"),
+    for example in (Example("long " * 300, ["a"], where="f: row 3"),
+                    Example("Q", ["a", "long " * 300], where="f: row 3"),
                     Example("Q", ["a"], ["b", "long " * 160], where="f: row 3")):
         with pytest.raises(ValueError, match="f: row 3: found [0-9]+ tokens .* max_position_embeddings 512"):
             check_fits(model, tokenizer, [facts[0], example])
@@ -293,5 +320,6 @@ def test_what_does_not_fit_the_model_is_refused_before_the_work():
 
 @pytest.mark.skipif(not UPSTREAM.is_dir(), reason="upstream files are not at hand")
 def test_upstream_files_load_unchanged():
-    assert len(load_tofu(UPSTREAM / "tofu/full.json")) == 4000 and len(load_tofu(UPSTREAM / "tofu/forget01.json")) == 40
+    assert len(load_tofu(UPSTREAM / "tofu/full.json")) == 4000
+    assert len(load_tofu(UPSTREAM / "tofu/forget01.json")) == 40
     assert len(load_alpaca(UPSTREAM / "alpaca/alpaca_2000.json")) == 2000

@@ -1,7 +1,7 @@
-"""What comes in from files: text, JSON, typed values, tokenizers and templates; refusals are one line, never a traceback.
+"""What comes in from files: text, JSON, values, tokenizers, templates; a refusal is one line, no traceback.
 
-Tokenizer oracles: golden/tokenizers, ids of transformers 5.24 for small tokenizers of six kinds (see make_golden.py), which
-are compared with transformers itself where that is installed; strings written out by hand; values made up by hypothesis.
+Tokenizer oracles: golden/tokenizers, the ids transformers 5.24 gives with small tokenizers of six kinds (see
+make_golden.py), compared with transformers itself where installed; strings written out by hand; hypothesis.
 """
 import json
 import shutil
@@ -32,7 +32,8 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path):
         refused(ValueError, lambda: read_text(tmp_path / "t"), str(tmp_path / "t"), "UTF-8", byte)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[NaN]", '{"a": -Infinity}', "[" * 99999, '{"a":' * 99999, "1" * 9999])
+@pytest.mark.parametrize("text", [
+    "", "{", "[NaN]", '{"a": -Infinity}', "[" * 99999, '{"a":' * 99999, "1" * 9999])
 def test_what_is_not_json_is_refused(text):
     refused(ValueError, lambda: parse(text, "a.json"), "a.json", "JSON")
 
@@ -40,7 +41,8 @@ def test_what_is_not_json_is_refused(text):
 def test_json_of_another_kind_is_refused(tmp_path):
     (tmp_path / "f").write_text("[1]")
     assert read_json(tmp_path / "f", list) == [1] and read_json(tmp_path / "g", default={}) == {}
-    refused(ValueError, lambda: read_json(tmp_path / "f"), str(tmp_path / "f"), "found a list, expected an object")
+    refused(ValueError, lambda: read_json(tmp_path / "f"), str(tmp_path / "f"),
+            "found a list, expected an object")
     refused(OSError, lambda: read_json(tmp_path / "g"), str(tmp_path / "g"))
 
 
@@ -66,12 +68,14 @@ def test_values_are_taken_as_their_fields_types():
 
 
 @pytest.mark.parametrize("key, values", [
-    ("lr", [None, "1", True, [1], {}, 0, -1, float("nan"), float("inf"), 10 ** 400]), ("steps", [0, 2.0, True, 2 ** 31]),
-    ("seed", [-1, False, "", 10 ** 400]), ("base", ["", "GD", 1, None, ["gd"]]), ("rates", [[], [True], 1.0, ["1"], [[1]]]),
+    ("lr", [None, "1", True, [1], {}, 0, -1, float("nan"), float("inf"), 10 ** 400]),
+    ("steps", [0, 2.0, True, 2 ** 31]), ("seed", [-1, False, "", 10 ** 400]),
+    ("base", ["", "GD", 1, None, ["gd"]]), ("rates", [[], [True], 1.0, ["1"], [[1]]]),
     ("on", [0, 1, "true", None]), ("share", [1.1, -1e-9]), ("name", [0, None, "\ud800"])])
 def test_wrong_values_are_refused_with_their_key(key, values):
     for value in values:
-        refused(ValueError, lambda: fill(Form, {"lr": 1.0, key: value}, "f.json"), f"f.json: {key} is ", "expected ")
+        refused(ValueError, lambda: fill(Form, {"lr": 1.0, key: value}, "f.json"),
+                f"f.json: {key} is ", "expected ")
     assert wanted("x", int | None) == "a whole number or null"
 
 
@@ -82,13 +86,15 @@ def kept(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("kept") / "m")
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(width=16) | st.text(max_size=3) | st.just("\ud800"),
-                    lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=4)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(width=16) | st.text(max_size=3) | st.just("\ud800"),
+    lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=4)
 PLACES = [(file, key) for file, keys in {
-    "config.json": ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-                    "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_scaling", "rope_parameters",
-                    "rope_theta", "eos_token_id", "tie_word_embeddings", "attention_bias", "hidden_act", "layer_types",
-                    "max_position_embeddings", "quantization_config", "use_sliding_window", None],
+    "config.json": ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                    "head_dim", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_scaling",
+                    "rope_parameters", "rope_theta", "eos_token_id", "tie_word_embeddings", "attention_bias",
+                    "hidden_act", "layer_types", "max_position_embeddings", "quantization_config",
+                    "use_sliding_window", None],
     "generation_config.json": ["eos_token_id", None],
     "tokenizer_config.json": ["eos_token", "bos_token", "chat_template", None],
     "tokenizer.json": ["model", "added_tokens", "pre_tokenizer", None],
@@ -122,16 +128,21 @@ def test_any_value_in_any_file_loads_or_ends_in_one_line(kept, place, value):
 
 @pytest.mark.parametrize("file, change, words", [
     ("config.json", dict(num_attention_heads=3), ["num_attention_heads % num_key_value_heads is 1"]),
-    ("config.json", dict(head_dim=7), ["head_dim % 2"]), ("config.json", dict(vocab_size=True), ["vocab_size is True"]),
+    ("config.json", dict(head_dim=7), ["head_dim % 2"]),
+    ("config.json", dict(vocab_size=True), ["vocab_size is True"]),
     ("config.json", dict(rope_parameters=[1]), ["rope_parameters is [1], expected a flat object"]),
     ("config.json", dict(rope_parameters={"full_attention": {"rope_theta": 5.0}}), ["rope_parameters"]),
-    ("config.json", dict(rope_theta="1e4"), ["rope_theta is '1e4'"]), ("config.json", dict(rms_norm_eps=0), ["above 0"]),
+    ("config.json", dict(rope_theta="1e4"), ["rope_theta is '1e4'"]),
+    ("config.json", dict(rms_norm_eps=0), ["above 0"]),
     ("config.json", dict(eos_token_id=99999), ["eos_token_id is 99999", "below vocab_size 97"]),
-    ("generation_config.json", dict(eos_token_id=[2, 97]), ["eos_token_id is [2, 97]", "below vocab_size 97"]),
-    ("tokenizer_config.json", dict(eos_token={"special": True}), ["eos_token is {'special': True}, expected a string"]),
+    ("generation_config.json", dict(eos_token_id=[2, 97]),
+     ["eos_token_id is [2, 97]", "below vocab_size 97"]),
+    ("tokenizer_config.json", dict(eos_token={"special": True}),
+     ["eos_token is {'special': True}, expected a string"]),
     ("config.json", dict(eos_token_id=[]), ["eos_token_id is []"]),
     ("tokenizer_config.json", dict(eos_token="</none>"), ["tokenizer.json", "</none>"]),
-    ("tokenizer_config.json", dict(chat_template=[{"name": "rag", "template": "x"}]), ["chat_template is [{'name'"])])
+    ("tokenizer_config.json", dict(chat_template=[{"name": "rag", "template": "x"}]),
+     ["chat_template is [{'name'"])])
 def test_impossible_settings_are_refused(file, change, words, tmp_path):
     m = checkpoint(tmp_path / "m", rope_scaling=None)
     edit(m / file, **change)
@@ -208,8 +219,10 @@ def test_ids_are_those_of_transformers(kind, tmp_path):
 def test_golden_ids_are_still_those_of_transformers(kind):
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(GOLDEN / "tokenizers" / kind)
     for question, _, prompt, _, _ in json.loads((GOLDEN / "tokenizers" / kind / "golden.json").read_text()):
-        assert theirs.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                          date_string="26 Jul 2024", enable_thinking=False)["input_ids"] == prompt
+        turns = [{"role": "user", "content": question}]
+        ids = theirs.apply_chat_template(turns, add_generation_prompt=True, date_string="26 Jul 2024",
+                                         enable_thinking=False)["input_ids"]
+        assert ids == prompt
 
 
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
@@ -218,19 +231,24 @@ def test_an_answer_has_the_tokens_of_the_whole_text(scheme):
     tok = Tokenizer(GOLDEN / "tokenizers/llama2")
     pieces = ["<unk>", "<s>", "</s>", "▁", "\n", *"LimaAnswer:", "▁L", "im"]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tok.tokens = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("▁", "L"), ("i", "m")], unk_token="<unk>"))
+    bpe = tokenizers.models.BPE(vocab, [("▁", "L"), ("i", "m")], unk_token="<unk>")
+    tok.tokens = tokenizers.Tokenizer(bpe)
     tok.tokens.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     spell = lambda ids: [tok.tokens.id_to_token(i) for i in ids]
     assert spell(tok.encode(" Lima")) == ["▁L", "im", "a"] and spell(tok.encode("Lima")) == ["L", "im", "a"]
     assert spell(tok.encode("\nLima")) == ["\n", "L", "im", "a"] and tok.encode("") == []
-    tok.tokens.model = tokenizers.models.BPE({k: i for k, i in vocab.items() if k not in ("\n", "<unk>")}, [("▁", "L")])
-    assert spell(tok.encode(" Lima"))[0] == "▁L" and spell(tok.encode("Lima"))[0] == "L"  # a line break leaves no token
+    # a line break leaves no token
+    fewer = {piece: i for piece, i in vocab.items() if piece not in ("\n", "<unk>")}
+    tok.tokens.model = tokenizers.models.BPE(fewer, [("▁", "L")])
+    assert spell(tok.encode(" Lima"))[0] == "▁L" and spell(tok.encode("Lima"))[0] == "L"
 
 
-ENVIRONMENT = ("{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n  {%- generation -%}\n "
-               "{% set x = 1 %}{{ m.content }}\n {%- endgeneration %}\n{% endfor %}{{ {'b': '<é>', 'a': [1]} | tojson }}"
-               "{{ [1] | tojson(indent=1) }}{{ x is defined }}{{ tools is none }}{{ documents is none }}{{ pad_token }}"
-               "{{ add_generation_prompt }}{{ date_string is defined }}{{ bos_token }}\n\n")
+ENVIRONMENT = (
+    "{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n  {%- generation -%}\n "
+    "{% set x = 1 %}{{ m.content }}\n {%- endgeneration %}\n{% endfor %}"
+    "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ [1] | tojson(indent=1) }}{{ x is defined }}"
+    "{{ tools is none }}{{ documents is none }}{{ pad_token }}{{ add_generation_prompt }}"
+    "{{ date_string is defined }}{{ bos_token }}\n\n")
 
 
 def test_templates_see_what_transformers_shows_them(tmp_path):
@@ -245,14 +263,16 @@ def test_templates_see_what_transformers_shows_them(tmp_path):
 
 def test_a_template_may_want_the_users_turn_last(tmp_path):
     (checkpoint(tmp_path / "m") / "chat_template.jinja").write_text(
-        "{{ messages[0].content }}{% if messages[-1].role != 'user' %}{{ raise_exception('no') }}{% endif %}: ")
+        "{{ messages[0].content }}"
+        "{% if messages[-1].role != 'user' %}{{ raise_exception('no') }}{% endif %}: ")
     tok = load(tmp_path / "m")[1]
     assert tok.render("Who?") == "Who?: " and tok.answer("Me") == tok.encode("Me") + [tok.end_id]
 
 
 @pytest.mark.parametrize("template", [
-    "", "Hello", "{{ messages | length }}", "{{ ''.__class__.__mro__ }}", "{{ raise_exception('a\\nb') }}", "{% if %}",
-    "{{ messages[0].content + bos_token + none }}", "((" * 9999 + "{{" + "(" * 9999, "{% for i in range(10**9) %}{% endfor %}"])
+    "", "Hello", "{{ messages | length }}", "{{ ''.__class__.__mro__ }}", "{{ raise_exception('a\\nb') }}",
+    "{% if %}", "{{ messages[0].content + bos_token + none }}", "((" * 9999 + "{{" + "(" * 9999,
+    "{% for i in range(10**9) %}{% endfor %}"])
 def test_a_template_that_cannot_be_used_is_refused(template, tmp_path):
     (checkpoint(tmp_path / "m") / "chat_template.jinja").write_text(template)
     refused(ValueError, lambda: load(tmp_path / "m"), str(tmp_path / "m"), "template")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssiuu import attribution, dpo_loss, ga_loss, gd_loss, klue_mask, negative, npo_loss, penalised, retain_loss
-from ssiuu import rmu_loss, ssiuu_loss, weights
+from ssiuu import (attribution, dpo_loss, ga_loss, gd_loss, klue_mask, negative, npo_loss, penalised,
+                   retain_loss, rmu_loss, ssiuu_loss, weights)
 
 ROOT = Path(__file__).parent.parent
 LAM = 0.37
@@ -23,7 +23,8 @@ LAM = 0.37
 def net():
     """P = sum over 4 inputs of the probability of a class under a two-layer net; 35 parameters."""
     draw = torch.Generator().manual_seed(0)
-    phi = [torch.randn(*shape, dtype=torch.float64, generator=draw).requires_grad_() for shape in [(3, 5), (5, 4)]]
+    phi = [torch.randn(*shape, dtype=torch.float64, generator=draw).requires_grad_()
+           for shape in [(3, 5), (5, 4)]]
     x, y = torch.randn(4, 3, dtype=torch.float64, generator=draw), torch.tensor([0, 3, 1, 1])
 
     def P(*parameters, inputs=slice(None)):
@@ -102,7 +103,8 @@ def test_eq14_equals_central_differences_of_eq6(net):
 
     def J():  # written out again, with a fresh gradient at the moved parameters
         grads = torch.autograd.grad(P(), phi)
-        return LAM * sum((((p * d - a) ** 2) * i).sum().item() for p, d, a, i in zip(phi, grads, A_prev, I_neg))
+        terms = (((p * d - a) ** 2) * i for p, d, a, i in zip(phi, grads, A_prev, I_neg))
+        return LAM * sum(term.sum().item() for term in terms)
 
     expected = []
     for p in phi:
@@ -121,11 +123,13 @@ def test_eq14_closed_form_of_a_sigmoid():
     x = torch.tensor([1.0, 2.0, -0.7], dtype=torch.float64)
     prev = torch.tensor([0.01, -0.02, 0.03], dtype=torch.float64)
     found = gradient(0 * (w @ x), (w @ x).sigmoid(), [w], [prev])
-    s = 1 / (1 + math.exp(-sum(a * b for a, b in zip(w.tolist(), x.tolist()))))
+    pairs = list(zip(w.tolist(), x.tolist()))
+    s = 1 / (1 + math.exp(-sum(a * b for a, b in pairs)))
     d1, d2 = s * (1 - s), s * (1 - s) * (1 - 2 * s)
-    delta = [0.0 if a * d1 * b >= 0 else a * d1 * b - q for a, b, q in zip(w.tolist(), x.tolist(), prev.tolist())]
-    dot = sum(d * a * b for d, a, b in zip(delta, w.tolist(), x.tolist()))
-    assert found.tolist() == pytest.approx([2 * LAM * (d * d1 * b + d2 * b * dot) for d, b in zip(delta, x.tolist())])
+    delta = [0.0 if a * d1 * b >= 0 else a * d1 * b - q for (a, b), q in zip(pairs, prev.tolist())]
+    dot = sum(d * a * b for d, (a, b) in zip(delta, pairs))
+    expected = [2 * LAM * (d * d1 * b + d2 * b * dot) for d, (_, b) in zip(delta, pairs)]
+    assert found.tolist() == pytest.approx(expected)
 
 
 def test_parts_of_a_batch_add_up(net):
@@ -167,17 +171,22 @@ def test_negative_controls_are_told_apart(net, break_it):
 
 def test_gd_npo_dpo_rmu_and_klue_by_hand():
     logp_f, logp_r = torch.tensor([-1.0, -3.0]), torch.tensor([-0.5, -1.5, -4.0])
-    assert ga_loss(logp_f).item() == -2 and retain_loss(logp_r).item() == 2 and gd_loss(logp_f, logp_r).item() == 0
-    logp, ref = torch.tensor([-3.0, -9.0, -0.2], dtype=torch.float64, requires_grad=True), torch.tensor([-2, -1, -0.1])
+    assert ga_loss(logp_f).item() == -2 and retain_loss(logp_r).item() == 2
+    assert gd_loss(logp_f, logp_r).item() == 0
+    logp = torch.tensor([-3.0, -9.0, -0.2], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-2, -1, -0.1])
     for beta in (0.1, 0.5):
         ratio = [(math.exp(a) / math.exp(b)) ** beta for a, b in zip(logp.tolist(), ref.double().tolist())]
         expected = 2 / beta * sum(math.log(1 + r) for r in ratio) / 3
         assert npo_loss(logp, ref, beta).item() == pytest.approx(expected, rel=1e-6)
     at_start = torch.autograd.grad(npo_loss(logp, logp.detach(), 0.3), logp)[0]
-    torch.testing.assert_close(at_start, torch.full_like(logp, 1 / 3))               # GA's gradient of the mean
-    torch.testing.assert_close(torch.autograd.grad(npo_loss(logp, ref, 1e-6), logp)[0], at_start, rtol=1e-4, atol=0)
-    w, l, rw, rl = (torch.tensor(x, dtype=torch.float64) for x in ([-5., -7.], [-3., -1.], [-6., -6.], [-1., -2.]))
-    odds = [(math.exp(a) / math.exp(c)) ** 0.2 / ((math.exp(b) / math.exp(d)) ** 0.2) for a, b, c, d in zip(w, l, rw, rl)]
+    torch.testing.assert_close(at_start, torch.full_like(logp, 1 / 3))  # GA's gradient of the mean
+    small_beta = torch.autograd.grad(npo_loss(logp, ref, 1e-6), logp)[0]
+    torch.testing.assert_close(small_beta, at_start, rtol=1e-4, atol=0)
+    w, l, rw, rl = (torch.tensor(x, dtype=torch.float64)
+                    for x in ([-5., -7.], [-3., -1.], [-6., -6.], [-1., -2.]))
+    odds = [(math.exp(a) / math.exp(c)) ** 0.2 / ((math.exp(b) / math.exp(d)) ** 0.2)
+            for a, b, c, d in zip(w, l, rw, rl)]
     expected = -2 / 0.2 * sum(math.log(o / (1 + o)) for o in odds) / 2
     assert dpo_loss(w, l, rw, rl, 0.2).item() == pytest.approx(expected)
     draw = torch.Generator().manual_seed(0)
@@ -185,8 +194,10 @@ def test_gd_npo_dpo_rmu_and_klue_by_hand():
     pull = sum((h_f[i, j] - 20 * u[j]) ** 2 for i in range(5) for j in range(3)) / 15
     keep = sum((h_r[i, j] - h_r0[i, j]) ** 2 for i in range(4) for j in range(3)) / 12
     torch.testing.assert_close(rmu_loss(h_f, h_r, h_r0, u, 20.0, 7.0), pull + 7 * keep)
-    A, wrong = torch.tensor([3.0, 2.0, 1.0, 0.5]), torch.tensor([[2.0, 0.0, 0.0, -9.0], [0.0, 0.0, 0.0, -9.0]])
-    assert klue_mask(A, wrong, 10.0, 0.5).tolist() == [False, True, True, False]     # 3 - 10 < 0; -9 does not count
+    A = torch.tensor([3.0, 2.0, 1.0, 0.5])
+    wrong = torch.tensor([[2.0, 0.0, 0.0, -9.0], [0.0, 0.0, 0.0, -9.0]])
+    # 3 - 10 < 0; -9 does not count
+    assert klue_mask(A, wrong, 10.0, 0.5).tolist() == [False, True, True, False]
     assert klue_mask(A, wrong, 0.0, 0.25).tolist() == [True, False, False, False]
 
 

@@ -4,7 +4,7 @@
 - Answer log-probabilities: unpadded rows one by one, in Python loops with math.exp and math.log.
 - Generation: the whole sequence run again for every token, without a cache.
 - Derivatives: central differences of values in float64.
-- Templates, refusals: expected strings written out by hand.  Saved directories: transformers, where installed.
+- Templates, refusals: strings written out by hand.  Saved directories: transformers, where installed.
 """
 import json
 import math
@@ -26,8 +26,8 @@ torch.set_num_threads(1)  # the matrices are tiny
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["llama", "llama3", "llama_linear", "qwen2", "qwen2_tied", "qwen3"]  # llama: two shards and an index
 CHARS = ["\n", "<s>", "</s>", *map(chr, range(32, 126))]  # 97 tokens; config.json says 1 begins and 2 ends
-TEMPLATE = ("{% for m in messages %}\n{{ bos_token }}{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}\n"
-            "  {% endfor %}\n{% if add_generation_prompt %}bot:{% endif %}")
+TEMPLATE = ("{% for m in messages %}\n{{ bos_token }}{{ m['role'] }}: {{ m['content'] | trim }}"
+            "{{ eos_token }}\n  {% endfor %}\n{% if add_generation_prompt %}bot:{% endif %}")
 SHOWN = "<s>user: Who?</s>\nbot:"  # newlines after a block and blanks before one vanish, as in transformers
 
 
@@ -41,12 +41,14 @@ def checkpoint(folder, name="llama3", **config):
     """A golden checkpoint with a tokenizer that makes each character one token."""
     shutil.copytree(GOLDEN / name, folder)
     edit(folder / "config.json", **config)
-    tok = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(CHARS)}, unk_token="\n"))
+    words = tokenizers.models.WordLevel({c: i for i, c in enumerate(CHARS)}, unk_token="\n")
+    tok = tokenizers.Tokenizer(words)
     tok.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     tok.decoder = tokenizers.decoders.Fuse()
     tok.add_special_tokens(["<s>", "</s>"])
     tok.save(str(folder / "tokenizer.json"))
-    edit(folder / "tokenizer_config.json", bos_token="<s>", eos_token="</s>", tokenizer_class="PreTrainedTokenizerFast")
+    edit(folder / "tokenizer_config.json", bos_token="<s>", eos_token="</s>",
+         tokenizer_class="PreTrainedTokenizerFast")
     return folder
 
 
@@ -58,7 +60,8 @@ def lm64(tmp_path_factory):
 def refused(kind, call, *words):
     with pytest.raises(kind) as e:
         call()
-    assert len(str(e.value).splitlines()) == 1 and not [w for w in words if w not in str(e.value)], str(e.value)
+    said = str(e.value)
+    assert len(said.splitlines()) == 1 and not [w for w in words if w not in said], said
 
 
 def random_ids(rows, width, seed=0):
@@ -66,7 +69,8 @@ def random_ids(rows, width, seed=0):
 
 
 @pytest.mark.parametrize("name, change", [*((n, {}) for n in NAMES),
-    ("llama_linear", dict(rope_parameters=None, rope_theta=200.0, rope_scaling={"type": "linear", "factor": 4.0})),
+    ("llama_linear", dict(rope_parameters=None, rope_theta=200.0,
+                          rope_scaling={"type": "linear", "factor": 4.0})),
     ("qwen2", dict(use_sliding_window=True, max_window_layers=2)),  # from layer 2 on, and there are two
 ])
 def test_logits_and_parameter_names_equal_transformers(name, change, tmp_path):
@@ -84,13 +88,15 @@ def test_half_precision_is_near_float32(name, dtype, tmp_path):
     model, _ = load(checkpoint(tmp_path / "m", name), dtype=dtype)
     golden = load_file(GOLDEN / name / "golden.safetensors")
     logits = model(golden["ids"])
-    assert logits.dtype == dtype and {p.dtype for p in model.parameters()} == {dtype} and logits.isfinite().all()
+    assert logits.dtype == dtype and {p.dtype for p in model.parameters()} == {dtype}
+    assert logits.isfinite().all()
     error = (logits.float() - golden["logits"]).square().mean().sqrt()  # 4 to 8 eps, for logits of size 3
     assert error < 20 * torch.finfo(dtype).eps
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=4), extra=st.integers(0, 8), pad=st.integers(0, 96))
+@given(lengths=st.lists(st.integers(1, 24), min_size=1, max_size=4), extra=st.integers(0, 8),
+       pad=st.integers(0, 96))
 def test_padding_is_invisible(lm64, lengths, extra, pad):
     a = random_ids(len(lengths), max(lengths) + extra)
     b = a.clone()
@@ -140,7 +146,7 @@ def test_generate_equals_one_at_a_time_and_recomputing(name, tmp_path):
 
 
 def test_first_and_second_derivatives_match_central_differences(lm64):
-    """Slopes of f and of <grad f, v> along a direction u of all parameters, f a weighted sum of log-probabilities."""
+    """Slopes of f, a weighted sum of log-probabilities, and of <grad f, v> along u, over all parameters."""
     batch = SimpleNamespace(ids=random_ids(3, 12), answer=torch.zeros(3, 12, dtype=torch.bool))
     batch.answer[0, 5:9] = batch.answer[1, 3:12] = batch.answer[2, 6:7] = True
     params = list(lm64.parameters())
@@ -187,9 +193,10 @@ def test_transformers_reads_what_save_writes(name, tmp_path):
     ids = load_file(GOLDEN / name / "golden.safetensors")["ids"]
     theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     torch.testing.assert_close(theirs(ids).logits, model(ids), atol=5e-5, rtol=1e-5)
-    # Compared as text: for the model type qwen2, transformers puts its own splitting rule in place of the file's.
-    assert tok.prompt("Who?") == tok.encode(hf.AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
-        [{"role": "user", "content": "Who?"}], add_generation_prompt=True, tokenize=False))
+    # Compared as text: for qwen2, transformers puts its own splitting rule in place of the file's.
+    text = hf.AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+        [{"role": "user", "content": "Who?"}], add_generation_prompt=True, tokenize=False)
+    assert tok.prompt("Who?") == tok.encode(text)
 
 
 @pytest.mark.parametrize("name, change, words", [
@@ -197,13 +204,15 @@ def test_transformers_reads_what_save_writes(name, tmp_path):
     ("qwen2", dict(use_sliding_window=True, layer_types=None), ["sliding_window"]),
     ("qwen2", dict(layer_types=["full_attention", "sliding_attention"]), ["layer_types", "full_attention"]),
     ("llama", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ["yarn", "linear", "llama3"]),
-    ("qwen2", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}), ["yarn", "llama3"]),
+    ("qwen2", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
+     ["yarn", "llama3"]),
     ("llama3", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), ["low_freq_factor"]),
     ("llama", dict(hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
     ("llama", dict(hidden_size=None), ["hidden_size"]),
 ])
 def test_unsupported_config_is_refused(name, change, words, tmp_path):
-    refused(ValueError, lambda: read_config(checkpoint(tmp_path / "m", name, **change)), "config.json", *words)
+    folder = checkpoint(tmp_path / "m", name, **change)
+    refused(ValueError, lambda: read_config(folder), "config.json", *words)
 
 
 def test_unreadable_files_are_refused(tmp_path):
@@ -225,7 +234,8 @@ def test_unreadable_files_are_refused(tmp_path):
     (lambda t: t.pop("model.norm.weight"), ["model.norm.weight", "Missing"]),
     (lambda t: t.update(extra=torch.ones(2)), ["extra", "Unexpected"]),
     (lambda t: t.update({"model.norm.weight": torch.ones(31)}), ["model.norm.weight", "31", "32"]),
-    (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), ["model.norm.weight", "int8"]),
+    (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+     ["model.norm.weight", "int8"]),
 ])
 def test_weights_that_do_not_fit_are_refused(change, words, tmp_path):
     tensors = load_file(checkpoint(tmp_path / "m") / "model.safetensors")
@@ -246,7 +256,8 @@ def test_chat_template_forms(tmp_path):
     assert load(tmp_path / "m")[1].prompt("Who?") == tok.encode("file Who?")
 
 
-@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% if %}"])
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% if %}"])
 def test_template_that_reaches_out_or_fails_is_refused(template, tmp_path):
     (checkpoint(tmp_path / "m") / "chat_template.jinja").write_text(template)
     refused(ValueError, lambda: load(tmp_path / "m")[1].prompt("Who?"), "template")

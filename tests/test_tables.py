@@ -63,7 +63,8 @@ def test_differences_are_paired_by_fold_and_the_command_prints_what_it_wrote(tmp
     assert "RS" not in print_table(monkeypatch, capsys, "--print", "--columns", "FS")
     with pytest.raises(ValueError, match="--columns: found 'XS', expected some of FS"):
         print_table(monkeypatch, capsys, "--print", "--columns", "XS")
-    with pytest.raises(ValueError, match="1 runs failed"):  # other settings than the table's have to be removed
+    # other settings than the table's have to be removed
+    with pytest.raises(ValueError, match="1 runs failed"):
         tables.write_json(tmp_path / "tiny/gd fold=1.json", kept("npo", 1.0))
         print_table(monkeypatch, capsys, "--folds", "1", "--rows", "gd")
 
@@ -75,23 +76,28 @@ def test_a_run_is_made_or_resumed_looked_into_attacked_and_its_weights_go(tmp_pa
 
     def command(script, *words):
         called.append((script, *words))
-        folder = next(tmp_path / word for word in words if word.startswith("runs/")) if "--name" not in words else (
-            tmp_path / "runs" / words[words.index("--name") + 1])
+        if "--name" in words:
+            folder = tmp_path / "runs" / words[words.index("--name") + 1]
+        else:
+            folder = next(tmp_path / word for word in words if word.startswith("runs/"))
         if script == "ssiuu.py":
-            tables.write_json(folder / "result.json", {"before": {}, "after": after, "seconds": 1, "other": 2})
+            made = {"before": {}, "after": after, "seconds": 1, "other": 2}
+            tables.write_json(folder / "result.json", made)
         if "--before" in words:
             found = kept("gd", 1.0)["analysis"]
             seen = {key: found[key] for key in ("D_pos", "D_neg", "share")}
             tables.write_json(folder / "analysis.json", {"variation": seen | {"curves": []}, "checkpoints": {
                 "after": {"lens": found["lens"], "P": 0.1}}})
-        lines = [{"attack": name, "kind": "summary", **x} for name, x in attacks(4.0).items()]
-        return "\n".join(map(json.dumps, [{"kind": "harmful"}, *lines])) if script == "attack.py" else json.dumps(
-            {"FS": {"percent": 35.0}, "RS": {"percent": 99.0}})
+        if script == "attack.py":
+            lines = [{"attack": name, "kind": "summary", **x} for name, x in attacks(4.0).items()]
+            return "\n".join(map(json.dumps, [{"kind": "harmful"}, *lines]))
+        return json.dumps({"FS": {"percent": 35.0}, "RS": {"percent": 99.0}})
 
     monkeypatch.setattr(tables, "command", command)
     result = tables.make("tiny", "gd", 3)
     assert [words[0] for words in called] == ["ssiuu.py", "evaluate.py", "attack.py"]
-    assert {"--name", "--method", "--no-attack"} <= {*called[0]} and not (tmp_path / "runs/tiny gd fold=3").exists()
+    assert {"--name", "--method", "--no-attack"} <= {*called[0]}
+    assert not (tmp_path / "runs/tiny gd fold=3").exists()
     assert result["attacks"]["Harmful p = 0.1"]["percent"] == 4 and "curves" not in result["analysis"]
     assert json.loads((tmp_path / "tiny/gd fold=3.json").read_text()) == result
     (tmp_path / "runs/tiny gd fold=4").mkdir()
@@ -99,8 +105,8 @@ def test_a_run_is_made_or_resumed_looked_into_attacked_and_its_weights_go(tmp_pa
     tables.make("tiny", "gd", 4)
     assert "--resume" in called[3] and "--name" not in called[3]
     never = tables.make("tiny", "never taught", 4)
-    assert called[6][:2] == ("data/make_tiny.py", "runs/tiny never taught fold=4") and "--without" in called[6]
-    assert never["after"]["FS"]["percent"] == 35
+    assert called[6][:2] == ("data/make_tiny.py", "runs/tiny never taught fold=4")
+    assert "--without" in called[6] and never["after"]["FS"]["percent"] == 35
 
 
 def test_a_command_that_fails_gives_its_error_line():
@@ -129,8 +135,8 @@ def test_every_row_is_a_valid_command(name):
 
 def test_the_benchmark_prints_a_line_a_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ssiuu, "item_scores", ssiuu.item_scores)  # put back afterwards
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1", "--batch-size", "2", "--tokens", "12", "--out",
-                                      str(tmp_path / "bench.json")])
+    flags = ["--rounds", "1", "--batch-size", "2", "--tokens", "12", "--out", str(tmp_path / "bench.json")]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags])
     bench.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["gd", "gd", "ssiuu", "ssiuu", "gd", "ssiuu", "SSIUU"]

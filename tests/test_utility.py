@@ -18,7 +18,8 @@ from model import answer_logprob, generate, load
 
 ROOT = Path(__file__).parent.parent
 UPSTREAM = ROOT.parent / "shared" / "data"
-needs_rouge = pytest.mark.skipif(not importlib.util.find_spec("rouge_score"), reason="rouge_score is not installed")
+needs_rouge = pytest.mark.skipif(not importlib.util.find_spec("rouge_score"),
+                                 reason="rouge_score is not installed")
 needs_upstream = pytest.mark.skipif(not UPSTREAM.is_dir(), reason="upstream files are not at hand")
 
 
@@ -29,7 +30,8 @@ def tiny():
 
 @needs_rouge
 def test_recall_is_rouge_scores_with_stems():
-    assert rouge_l_recall("he was relating the skies", "The sky is related") == 0.5  # the, sky; he, is, related between
+    # the, sky; he, is, related between
+    assert rouge_l_recall("he was relating the skies", "The sky is related") == 0.5
     assert rouge_l_recall("", "word") == rouge_l_recall("word", "") == 0
 
 
@@ -43,7 +45,8 @@ def test_without_rouge_score_one_line_says_what_to_install(monkeypatch):
 @needs_rouge
 def test_recalls_in_batches_and_one_by_one(tiny):
     model, tokenizer = tiny
-    examples = [Example("Which country is Isaac Newton from?", ["England"]), Example("Hi", ["No such words at all"]),
+    examples = [Example("Which country is Isaac Newton from?", ["England"]),
+                Example("Hi", ["No such words at all"]),
                 Example("Which country is Isaac Newton really from, my friend?", ["He is from England"])]
     values = recalls(model, tokenizer, examples, size=2, max_new_tokens=5)
     for e, value in zip(examples, values):
@@ -111,7 +114,8 @@ def test_utility_files_in_upstreams_formats(tmp_path):
     assert "gsm8k" not in load_utility(tmp_path)
 
 
-HELLA, ARC, WINO = (ROWS[f] for f in ("hellaswag_val.jsonl", "ARC-Challenge-Test.jsonl", "winogrande_dev.jsonl"))
+HELLA, ARC, WINO = (
+    ROWS[f] for f in ("hellaswag_val.jsonl", "ARC-Challenge-Test.jsonl", "winogrande_dev.jsonl"))
 BROKEN = [
     ("mmlu/a_test.csv", "Q,1,2,3,4\n", "row 1"), ("mmlu/a_test.csv", "Q,1,2,3,4,E\n", "one of A, B, C, D"),
     ("mmlu/a_test.csv", "Q,1,A,B,C,D,A\n", "row 1"), ("mmlu/a_test.csv", 'Q,"1,2,3\n', "not CSV"),
@@ -121,8 +125,10 @@ BROKEN = [
     ("gsm8k_test.jsonl", {"question": "Q", "answer": "#### 1.2.3"}, "'#### 1.2.3'"),
     ("hellaswag_val.jsonl", {**HELLA, "label": 4}, "label '4'"),
     ("hellaswag_val.jsonl", {**HELLA, "label": -1}, "'-1'"),
-    ("hellaswag_val.jsonl", {**HELLA, "label": ""}, "label from 0"), ("hellaswag_val.jsonl", {"ctx": "A"}, "endings"),
-    ("hellaswag_val.jsonl", {**HELLA, "endings": "abcd"}, "endings"), ("hellaswag_val.jsonl", {"x": 1}, "ctx"),
+    ("hellaswag_val.jsonl", {**HELLA, "label": ""}, "label from 0"),
+    ("hellaswag_val.jsonl", {"ctx": "A"}, "endings"),
+    ("hellaswag_val.jsonl", {**HELLA, "endings": "abcd"}, "endings"),
+    ("hellaswag_val.jsonl", {"x": 1}, "ctx"),
     ("hellaswag_val.jsonl", {**HELLA, "endings": ["a", "b", "c", " "]}, "endings"),
     ("hellaswag_val.jsonl", {**HELLA, "endings": ["a"], "label": 0}, "endings"),
     ("hellaswag_val.jsonl", {**HELLA, "endings": ["a", "b"], "label": 3}, "endings"),
@@ -133,7 +139,8 @@ BROKEN = [
     ("winogrande_dev.jsonl", {**WINO, "answer": "12"}, "12"),
     ("winogrande_dev.jsonl", {**WINO, "sentence": "no blank"}, "one _"),
     ("winogrande_dev.jsonl", {**WINO, "sentence": "_ or _"}, "one _"),
-    ("winogrande_dev.jsonl", {**WINO, "option2": 7}, "option2"), ("world_facts.json", {"question": "Q"}, "answer"),
+    ("winogrande_dev.jsonl", {**WINO, "option2": 7}, "option2"),
+    ("world_facts.json", {"question": "Q"}, "answer"),
     ("real_authors.json", {"question": "Q", "answer": " "}, "answer ' '"),
 ]
 
@@ -174,9 +181,11 @@ def test_option_scores_are_those_of_whole_sequences(dtype, tolerance):
     model, _ = load(ROOT / "data/tiny", dtype=dtype)
     rng = random.Random(0)
     draw = lambda n: [rng.randrange(3, model.config.vocab_size) for _ in range(n)]
-    for shape in ([(9, (1, 5, 3)), (1, (2, 2)), (4, (7, 1, 1, 6)), (30, (4,))], [(5, (1, 1)), (2, (1, 1, 1))]):
+    for shape in ([(9, (1, 5, 3)), (1, (2, 2)), (4, (7, 1, 1, 6)), (30, (4,))],
+                  [(5, (1, 1)), (2, (1, 1, 1))]):
         prompts, options = [draw(n) for n, _ in shape], [[draw(n) for n in lengths] for _, lengths in shape]
-        for prompt, part, scores in zip(prompts, options, option_scores(model, prompts, options), strict=True):
+        found = option_scores(model, prompts, options)
+        for prompt, part, scores in zip(prompts, options, found, strict=True):
             for option, value in zip(part, scores, strict=True):
                 batch = collate([(prompt + option, [False] * len(prompt) + [True] * len(option))])
                 assert value == pytest.approx(answer_logprob(model, batch).item(), abs=tolerance)
@@ -188,13 +197,15 @@ def plain_choice(model, tokenizer, e):
     for option in (e.answers[0], *e.false_options):
         x, y = tokenizer.encode(e.question), tokenizer.encode(option)
         logp = model(torch.tensor([x + y]))[0].detach().log_softmax(-1)
-        values.append(sum(logp[len(x) + i - 1, t].item() for i, t in enumerate(y)) / len(option.strip().encode()))
+        logps = [logp[len(x) + i - 1, t].item() for i, t in enumerate(y)]
+        values.append(sum(logps) / len(option.strip().encode()))
     return values[0] > max(values[1:])
 
 
 def test_the_choice_is_per_byte_and_a_tie_is_no_success(tiny):
     model, tokenizer = tiny
-    rng, names = random.Random(0), "England France Italy Isaac the_long_one_of_these a Müller-Lüdenscheidt".split()
+    rng = random.Random(0)
+    names = "England France Italy Isaac the_long_one_of_these a Müller-Lüdenscheidt".split()
     examples = [Example(f"Question {rng.random()}", [f" {a}"], [f" {b}", f" {c}"])
                 for a, b, c in (rng.sample(names, 3) for _ in range(40))]
     hits = chosen(model, tokenizer, examples, 7)
@@ -215,8 +226,9 @@ def test_the_choice_reads_raw_text_after_the_start_token(monkeypatch):
 
 
 @pytest.mark.parametrize("text, gold, right", [
-    ("so it is 12.", "12", True), ("#### 1,210", "1210", True), ("12 apples, 13", "12", False), ("none", "0", False),
-    ("18.00 dollars", "18", True), ("5-3", "3", True), ("it is -3", "-3", True), ("", "1", False)])
+    ("so it is 12.", "12", True), ("#### 1,210", "1210", True), ("12 apples, 13", "12", False),
+    ("none", "0", False), ("18.00 dollars", "18", True), ("5-3", "3", True),
+    ("it is -3", "-3", True), ("", "1", False)])
 def test_the_last_number_counts(tiny, monkeypatch, text, gold, right):
     monkeypatch.setattr(evaluate, "greedy", lambda *args: [text])
     assert solved(*tiny, [Example("Q", [gold])], 1) == [right]
@@ -244,12 +256,17 @@ def test_utility_is_the_mean_of_its_tasks(tiny):
 
 def test_utility_draws_each_tasks_sample_from_the_seed_and_its_name(tiny, monkeypatch):
     examples, seen = [Example(f"Q{i:02}", ["1"], ["2"]) for i in range(30)], []
-    monkeypatch.setattr(evaluate, "chosen", lambda model, tokenizer, part, size: (seen.append(part), [True] * 9)[1])
+
+    def noted(model, tokenizer, part, size):
+        seen.append(part)
+        return [True] * 9
+
+    monkeypatch.setattr(evaluate, "chosen", noted)
     monkeypatch.setattr(evaluate, "solved", lambda model, tokenizer, part, size: [True])
     out = utility(*tiny, {"arc": examples, "mmlu": examples, "gsm8k": [Example("Q", ["1"])]}, n=9, seed=5)
     key = lambda e: e.question
-    assert [sorted(part, key=key) for part in seen] == [sorted(random.Random(f"5 {name}").sample(examples, 9), key=key)
-                                                        for name in ("arc", "mmlu")]
+    expected = [random.Random(f"5 {name}").sample(examples, 9) for name in ("arc", "mmlu")]
+    assert [sorted(part, key=key) for part in seen] == [sorted(part, key=key) for part in expected]
     assert out["percent"] == out["tasks"]["gsm8k"]["percent"] == 100
 
 

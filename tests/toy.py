@@ -1,4 +1,4 @@
-"""A random two-layer Llama in float64, a tokenizer of letters, and facts: what a step costs here is a millisecond."""
+"""A random two-layer Llama in float64, a tokenizer of letters, and facts: a step costs a millisecond."""
 import functools
 import os
 import string
@@ -16,7 +16,8 @@ DEVICE = os.environ.get("SSIUU_DEVICE", "cpu")  # of toy(); data/results/gpu.sh 
 C_f = [Example(f"who is {name}", [answer], ["no", "yes"]) for name, answer in
        (("ann", "a cook"), ("bo", "king"), ("cy", "poet"), ("di", "dane"), ("ed", "thief"))]
 C_r = [Example(f"where is {name}", [answer], ["no", "yes"]) for name, answer in
-       (("rome", "italy"), ("bonn", "germany"), ("kyiv", "far"), ("york", "at sea"), ("ulm", "here"), ("ghent", "out"))]
+       (("rome", "italy"), ("bonn", "germany"), ("kyiv", "far"),
+        ("york", "at sea"), ("ulm", "here"), ("ghent", "out"))]
 
 
 class Letters:
@@ -37,7 +38,9 @@ class Letters:
 def taught():
     """Weights that half know the facts: with P(y|x) near 0 no test would see the penalty."""
     model = LM(read_config(GOLDEN)).double()
-    tensors = {k: v for i in (1, 2) for k, v in load_file(GOLDEN / f"model-0000{i}-of-00002.safetensors").items()}
+    tensors = {}
+    for i in (1, 2):
+        tensors |= load_file(GOLDEN / f"model-0000{i}-of-00002.safetensors")
     model.load_state_dict(tensors)
     batch = collate([encode(Letters(), e.question, e.answers[0]) for e in C_f + C_r])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
