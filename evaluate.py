@@ -1,7 +1,7 @@
 """Scores a checkpoint, and asks of a pair whether unlearning erased or hid what it forgot.
 
     python evaluate.py --model data/tiny                              # FS, RS, FaithUn's other questions, US
-    python evaluate.py --before data/tiny --after runs/ssiuu-tiny     # Eq. 1 to 5, the lens: Figures 3 to 6
+    python evaluate.py --before data/tiny --after runs/ssiuu-tiny     # Eq. 1, 2, 4, 5, the lens: Figures 3-6
 
 Dimensions: B sequences, K tokens, L blocks, S samples (x, y), n neurons.
 """
@@ -313,6 +313,8 @@ def stability(a: Tensor, b: Tensor) -> dict:  # (2, S, n) twice
 def analyse(s: "Settings", paths: dict[str, str]) -> dict:
     """analysis.json: Sections 4 and 6.3 to 6.5 for two or three checkpoints {before, after, attacked}."""
     C_f, start, checkpoints, extremes, shapes = splits_of(s)[0], time.time(), {}, {}, {}
+    if len(C_f) < 2:
+        refuse(f"{s.forget}: found one item to forget, expected at least two, for the intervals over items")
     for name, path in {name: located(path) for name, path in paths.items()}.items():
         model, tokenizer = load(path, device=s.device)
         shapes[name] = {n: p.shape for n, p in model.named_parameters()}

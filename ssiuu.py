@@ -72,15 +72,15 @@ def change(a: Tensor, a_prev: Tensor, i: Tensor) -> Tensor:
     return (a - a_prev) * i
 
 def ssiuu_loss(A: Tensors, A_prev: Tensors, I_neg: Tensors) -> Tensor:  # -> ()
-    """L_SSIUU, the squared change of negative attribution (Eq. 6; Alg. 1 l.11). A_prev, I_neg: constants."""
+    """L_SSIUU, squared change of negative attribution (Eq. 3, 6; Alg. 1 l.11). A_prev, I_neg: constants."""
     return sum(change(*x).square().sum() for x in zip(A, A_prev, I_neg))
 
 def weights(A: Tensors, A_prev: Tensors, I_neg: Tensors, lam: float) -> Tensors:
     """w = lam dL_SSIUU/dA = 2 lam Delta, for constant A (Eq. 10)."""
     return [2 * lam * change(*x) for x in zip(A, A_prev, I_neg)]
 
-def penalised(L: Tensor, A: Tensors, w: Tensors | None) -> Tensor:  # -> ()
-    """L + sum_i w_i A_i, which has the gradient of J = L + lam L_SSIUU (Eq. 8, 9, 11; Alg. 1 l.13).
+def surrogate(L: Tensor, A: Tensors, w: Tensors | None) -> Tensor:  # -> ()
+    """L + sum_i w_i A_i, which has the gradient of J = L + lam L_SSIUU (Eq. 8, 9, 11; Alg. 1 l.13, l.14).
 
     By the product rule grad A holds g and phi H (Eq. 13), so .backward() gives all of Eq. 14: 2 lam Delta g
     and, by double backward, H v with v = w phi. It is linear in L and A: parts of a batch, each with the same
@@ -127,7 +127,7 @@ def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:
     that do not belong to the answer: what is positive there is superficial, counts alpha times against it.
     """
     score = A - alpha * A_wrong.clamp(min=0).mean(0)
-    chosen = score.topk(round(share * len(score))).indices
+    chosen = score.topk(max(1, round(share * len(score)))).indices
     return torch.zeros_like(score, dtype=torch.bool).index_fill_(0, chosen, True)
 
 # ================================================================================================ to here
@@ -146,7 +146,7 @@ class Settings(Scored):
     steps: Count = 100                    # T, at most; unpublished
     tau: Amount | None = None             # stop at FS <= tau (6.1); 0.33, TOFU: computed (C.1: 0.1971)
     batch_size: Count | None = None       # b and b'; unpublished; all of C_f: Alg. 1 l.12 and Eq. 3 agree
-    micro_batch: Count | None = None      # sequences in one graph: less memory, the same result (not RMU)
+    micro_batch: Count | None = None      # sequences in one graph: less memory, the same result; not for RMU
     per_example: bool = False             # square A per (x, y) as Eq. 6, not its sum over b as Alg. 1 l.11
     anchor: Literal["previous", "initial"] = "previous"  # A_prev: last step (Eq. 3) or first (Section 1)
     target: Literal["prob", "logprob", "weights"] = "prob"  # P (Eq. 12); log P does not vanish; weights: L2
@@ -194,7 +194,7 @@ def backbone_of(s: Settings) -> str:
     return s.backbone if s.method == "ssiuu" else s.method
 
 def trained(model: LM, method: str) -> dict[str, nn.Parameter]:
-    """What a method updates, by name: by index RMU would train o_proj in Qwen2, which has biases."""
+    """What a method updates, by name: the index in RMU's published code is another layer in Qwen2."""
     layer = rmu_layer(model)
     if method == "rmu":
         names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(max(0, layer - 2), layer + 1)]
@@ -224,15 +224,16 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
         state.steer = u / u.norm(), [p.detach().clone() for p in parameters.values()]
     if s.method in ("klue", "random"):
         sizes = [len(p) for p in parameters.values()]
-        mask = torch.rand(sum(sizes), generator=draw).argsort() < max(1, round(s.klue_share * sum(sizes)))
         if s.method == "klue":
             mask = localise(model, tokenizer, C_f, s)
+        else:
+            mask = torch.rand(sum(sizes), generator=draw).argsort() < max(1, round(s.klue_share * sum(sizes)))
         state.masks = [rows[:, None] for rows in mask.to(model.device).split(sizes)]
     return state
 
-@torch.no_grad()
 def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Callable:
     """The backbone's loss on forget items; DPO and NPO keep reference numbers, not a second model."""
+    @torch.no_grad()
     def reference(rows: list[Row]) -> Tensor:  # -> (N,)
         return torch.cat([answer_logprob(model, collate([row], model.device)) for row in rows])
 
@@ -299,12 +300,14 @@ def P_of(logp: Tensor, target: str, phi: Tensors, share: float) -> Tensor:  # (B
         return share * sum(p.sum() for p in phi)
     return logp.sum() if target == "logprob" else logp.exp().sum()
 
-def signed(A: Tensors, which: str, seed: int) -> Tensors:
-    """A, of which the negative is penalised (Alg. 1 l.10); in the controls -A, a fixed random half, all."""
-    if which in ("negative", "positive"):
-        return A if which == "negative" else [-a for a in A]
-    draw, below = torch.Generator().manual_seed(seed), 0.5 if which == "random" else 1
-    return [(torch.rand(a.shape, generator=draw) - below).to(a.device) for a in A]
+def control(A: Tensors, which: str, seed: int) -> Tensors:
+    """What stands for I^- in a control: I^+, a random half that is the same at every step, or all."""
+    if which == "positive":
+        return negative([-a for a in A])
+    if which == "all":
+        return [torch.ones_like(a, dtype=torch.bool) for a in A]
+    draw = torch.Generator().manual_seed(seed)
+    return [(torch.rand(a.shape, generator=draw) < 0.5).to(a.device) for a in A]
 
 class Graph(NamedTuple):
     """Of a part of b, by one forward pass: its share of L and its A with their graph, log P without."""
@@ -387,19 +390,20 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         one = forget_graph(model, b[0], phi, state, s) if len(b) == 1 else None                  # l.4
         A = batch_attribution(model, b, one, phi, s) if phi else {}                              # l.5
         total = [reduce(torch.add, a) for a in zip(*A.values())]
-        I_neg = negative(signed(total, s.penalise, s.seed))                                      # l.10
+        I_neg = negative(total) if s.penalise == "negative" else control(total, s.penalise, s.seed)  # l.10
         for key in [key for key in A if key in state.A_prev]:                                    # l.7: t > 1
             L_ssiuu += ssiuu_loss(A[key], on(model.device, state.A_prev[key]), I_neg).item()     # l.11
             w[key] = weights(A[key], on(model.device, state.A_prev[key]), I_neg, s.lam)          # Eq. 10
-        record = {"L_SSIUU": L_ssiuu, "I_neg": share_of(I_neg)} if A else {}
+        record = {"L_SSIUU": sum(from_all(L_ssiuu)), "I_neg": share_of(I_neg)} if A else {}
         remember(state, A, s)                                                                    # l.12
         A = total = I_neg = None
         for part in b:
             graph = one or forget_graph(model, part, phi if part.key in w else [], state, s)
-            J = penalised(graph.L, graph.A, w.get(part.key))                                     # Eq. 8
+            loss = surrogate(graph.L, graph.A, w.get(part.key))                                  # l.13
             L, logp_f = L + graph.L.item(), [*logp_f, graph.logp]
             one = graph = None  # what is as large as the weights goes before there is more of it
-            J.backward()                                                                         # l.13
+            loss.backward()                                                                      # Eq. 11, 14
+        w = loss = None
         for part in b_r if backbone_of(s) != "ga" else []:
             logp = answer_logprob(model, part.batch)
             L_r = part.share * retain_loss(logp)                                                 # l.4
@@ -407,10 +411,10 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             L, logp_r = L + L_r.item(), [*logp_r, logp.detach()]
         for p, mask in zip(learning, state.masks or []):
             p.grad *= mask
-        record |= {"L": L, "P": torch.cat(logp_f).exp().mean().item()}
+        record |= {"L": L, "P": torch.cat(logp_f).exp().mean().item(), "grad": gradient_norm(learning)}
         if logp_r:
             record["L_GD"] = gd_loss(torch.cat(logp_f), torch.cat(logp_r)).item()
-        check_finite(record, learning, s)
+        check_finite(record, s)
         state.optimizer.step()                                                                   # l.14
         state.optimizer.zero_grad()
         scores = item_scores(model, tokenizer, C_f, s.eval_batch)
@@ -422,11 +426,11 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
 def share_of(masks: Tensors) -> float:
     return sum(from_all(sum(i.sum().item() for i in masks))) / sum(from_all(sum(i.numel() for i in masks)))
 
-def check_finite(record: dict, learning: Tensors, s: Settings) -> None:
+def gradient_norm(learning: Tensors) -> float:
+    return math.hypot(*from_all(torch.nn.utils.get_total_norm([p.grad for p in learning]).item()))
+
+def check_finite(record: dict, s: Settings) -> None:
     """A model of NaN answers nothing and would pass for unlearned: the gradient is checked, not L alone."""
-    record["grad"] = math.hypot(*from_all(torch.nn.utils.get_total_norm([p.grad for p in learning]).item()))
-    if "L_SSIUU" in record:
-        record["L_SSIUU"] = sum(from_all(record["L_SSIUU"]))
     if not all(math.isfinite(x) for x in record.values()):
         raise FloatingPointError(f"L is {record['L']:.3g}, its gradient's norm {record['grad']:.3g}, "
                                  f"expected finite numbers: lower --lr {s.lr:g} or --lam {s.lam:g}")
@@ -448,16 +452,16 @@ def state_tensors(model: LM, state: State) -> dict[str, Tensor]:
 
 def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     """Puts a saved state into `model` and `state`. ValueError unless it has just the tensors of this run."""
-    with safe_open(path, "pt", device=str(model.device)) as file:
+    with safe_open(path, "pt") as file:  # on the host: the device has room for one of it
         found, t = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("t", "")
+    room = on_host if s.offload else torch.empty_like
     if s.method == "ssiuu":
         keys = {name.split()[1] for name in found if name.startswith("A_prev ")} if s.per_example else {"0"}
         phi = scope_of(model, s.scope)
-        room = on_host if s.offload else torch.empty_like
         state.A_prev = {int(key): [room(p.detach()) for p in phi] for key in sorted(keys)}
     for group in state.optimizer.param_groups:
         for p in group["params"]:
-            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            moments = {name: room(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
             state.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     expected, state.t = state_tensors(model, state), int(t) if t.isdecimal() else 0
     for name in sorted(expected.keys() | found.keys()):
@@ -573,10 +577,10 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
         note(folder, log, r)
         if state.t % s.save_every == 0 or state.t == s.steps or reached(r["FS"], s.tau):
             write_tensors(path, state_tensors(model, state), {"t": str(state.t)}, each=True)
-        eta = (time.time() - start) / (state.t - first) * (s.steps - state.t)
+        left = (time.time() - start) / (state.t - first) * (s.steps - state.t)
         print(f"step {r['t']}/{s.steps}  L {r['L']:.3f}  L_SSIUU {r.get('L_SSIUU', 0):.2e}  |I-| "
               f"{100 * r.get('I_neg', 0):.1f}%  P {r['P']:.4f}  FS {r['FS']:.1f}  {r['seconds']:.1f}s  "
-              f"eta <{eta:.0f}s", flush=True)
+              f"eta <{left:.0f}s", flush=True)
     model.requires_grad_(True)
     save(model, tokenizer, folder)
     return log[-1]
@@ -674,6 +678,8 @@ def experiment(s: Settings, folder: Path) -> dict:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
+    if s.method == "rmu" and (s.micro_batch or s.per_example):
+        refuse("--micro-batch, --per-example: found with rmu, expected none: its loss is of whole batches")
     if s.method in ("klue", "random") or s.penalise == "random":
         one_process(f"--method {s.method} --penalise {s.penalise}")
     folder = Path(s.resume) if s.resume else from_all(None if here()[0] else new_folder(s))[0]

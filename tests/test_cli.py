@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import attack
 import evaluate
@@ -283,6 +284,78 @@ def refused(code, *words):
     """One line, which says what is wrong rather than where the program broke."""
     assert isinstance(code, str) and code and "\n" not in code and "--traceback shows" not in code, code
     assert all(word in code for word in words), code
+
+
+def edited(path, change):
+    """Rewrites a JSON or safetensors file after change(value)."""
+    if path.suffix == ".json":
+        value = json.loads(path.read_text())
+        path.write_text(json.dumps(change(value) or value))
+    else:
+        with safe_open(path, "pt") as file:
+            value, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        save_file(change(value) or value, path, metadata)
+
+
+def line_of_log(kind, **change):
+    def rewrite(run):
+        lines = [json.dumps(r | change if r["kind"] == kind else r) for r in records(run)]
+        (run / "log.jsonl").write_text("\n".join(lines) + "\n")
+    return rewrite
+
+
+def scaled(name, by):
+    return lambda tensors: tensors | {name: tensors[name] * by}
+
+
+MEDDLED = {
+    "a state of NaN": (lambda run: edited(run / "state.safetensors", scaled("adam 0 exp_avg", float("nan"))),
+                       "adam 0 exp_avg"),
+    "a state's step": (lambda run: edited(run / "state.safetensors", scaled("adam 0 step", 2.0)),
+                       "adam 0 step"),
+    "finished weights": (lambda run: edited(run / "model.safetensors", scaled("model.norm.weight", 2.0)),
+                         "hash of the weights"),
+    "a template": (lambda run: (run.parent.parent / "tiny/chat_template.jinja").write_text(
+        "{{ messages[0].content }} Answer:"), "made of tokenizer"),
+    "rope": (lambda run: edited(run.parent.parent / "tiny/config.json", lambda c: c | {"rope_theta": 500.0}),
+             "made of config"),
+    "FS in words": (line_of_log("step", FS="low"), "FS is 'low'"),
+    "no step number": (line_of_log("step", t=None), "t is None"),
+    "a step twice": (line_of_log("step", t=1), "found steps [1, 1]"),
+    "before without percent": (line_of_log("before", FS={}), "FS is {}"),
+    "reached 3": (line_of_log("after", reached=3), "reached is 3"),
+    "a cell's curve": (line_of_log("harmful", FS=[]), "FS is []"),
+    "an unknown kind": (line_of_log("after", kind="thereafter"), "kind is 'thereafter'"),
+    "settings null": (lambda run: edited(run / "settings.json", lambda x: x | {"attack": None}),
+                      "attack is None"),
+    "settings' key": (lambda run: edited(run / "settings.json", lambda x: x | {"made of": {}}), "made of"),
+    "settings' part": (lambda run: edited(run / "settings.json", lambda x: x | {"more": {}}), "more"),
+}
+
+
+@pytest.mark.parametrize("what", MEDDLED)
+def test_a_resume_notices_what_was_meddled_with(copied, monkeypatch, what):
+    change, word = MEDDLED[what]
+    if "state" in what or "step" in what:  # these are read where the run is not finished
+        kept = [r for r in records(copied / "runs/ssiuu-tiny") if r["kind"] in ("before", "step")]
+        (copied / "runs/ssiuu-tiny/log.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
+    change(copied / "runs/ssiuu-tiny")
+    refused(inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny"), word)
+
+
+def test_what_is_wrong_is_said_before_the_work_and_leaves_nothing(tmp_path, monkeypatch, offline):
+    prepare(tmp_path)
+    code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--tau", "1", "--name", "t")
+    refused(code, "before unlearning")
+    assert not list(tmp_path.glob("runs/*"))
+    for flag in ("--resume", "--model", "--forget"):
+        refused(inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, flag, ""), f"{flag}: found ''")
+    monkeypatch.setattr(attack, "load", lambda *args, **more: pytest.fail("a model was loaded first"))
+    refused(inside(monkeypatch, tmp_path, "attack.py", *DATA, "--control", "nowhere"), "nowhere", "directory")
+    for own, word in (({"ssiu.py": {"lr": 1}}, "'ssiu.py'"), ({"lr": 1e-3}, "'lr'")):
+        prepare(tmp_path, own)
+        code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA)
+        refused(code, "unlearn.json", word, "the name of a script")
 
 
 PAIR = ["--before", "tiny", "--after", "tiny"]

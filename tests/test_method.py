@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssiuu import (attribution, dpo_loss, ga_loss, gd_loss, klue_mask, negative, npo_loss, penalised,
+from ssiuu import (attribution, dpo_loss, ga_loss, gd_loss, klue_mask, negative, npo_loss, surrogate,
                    retain_loss, rmu_loss, ssiuu_loss, weights)
 
 ROOT = Path(__file__).parent.parent
@@ -40,10 +40,10 @@ def flat(tensors):
 
 
 def gradient(L, P, phi, A_prev, hessian=True):
-    """As Algorithm 1 does it: what `penalised` leaves in .grad."""
+    """As Algorithm 1 does it: what `surrogate` leaves in .grad."""
     A = attribution(P, phi, hessian)
     constant = [a.detach() for a in A]
-    penalised(L, A, weights(constant, A_prev, negative(constant), LAM)).backward()
+    surrogate(L, A, weights(constant, A_prev, negative(constant), LAM)).backward()
     found = flat([p.grad for p in phi])
     for p in phi:
         p.grad = None
@@ -137,10 +137,10 @@ def test_parts_of_a_batch_add_up(net):
     whole = gradient(P() ** 2, P(), phi, A_prev)
     constant = [a.detach() for a in attribution(P(), phi)]
     w = weights(constant, A_prev, negative(constant), LAM)
-    penalised(P() ** 2, [], []).backward()
+    surrogate(P() ** 2, [], []).backward()
     for part in ([0, 2], [1], [3]):
         value = P(inputs=part)
-        penalised(0 * value, attribution(value, phi), w).backward()
+        surrogate(0 * value, attribution(value, phi), w).backward()
     torch.testing.assert_close(flat([p.grad for p in phi]), whole, rtol=1e-10, atol=1e-13)
 
 
@@ -148,7 +148,7 @@ def test_without_weights_only_the_backbone_moves(net):
     P, phi, _ = net
     value = P()
     dL = flat(torch.autograd.grad(value ** 2, phi, retain_graph=True))
-    penalised(value ** 2, attribution(value, phi), None).backward()  # t = 1
+    surrogate(value ** 2, attribution(value, phi), None).backward()  # t = 1
     assert torch.equal(flat([p.grad for p in phi]), dL)
 
 
@@ -221,7 +221,7 @@ def test_the_block_alone_drives_a_model():
         now = [a.detach() for a in A]
         w = A_prev and space["weights"](now, A_prev, space["negative"](now), 0.1)
         A_prev = now
-        space["penalised"](space["gd_loss"](logp[:4], logp[4:]), A, w).backward()
+        space["surrogate"](space["gd_loss"](logp[:4], logp[4:]), A, w).backward()
         with torch.no_grad():
             for p in phi:
                 p -= 0.05 * p.grad

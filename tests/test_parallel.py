@@ -21,7 +21,7 @@ import ssiuu
 from data import collate, encode
 from evaluate import neuron_attribution
 from model import LM, Copy, Reduce, answer_logprob, generate, here, joined, load, own, read_config, save, write_tensors
-from ssiuu import Settings, begin, load_state, penalised, state_tensors, unlearn
+from ssiuu import Settings, begin, load_state, surrogate, state_tensors, unlearn
 from test_cli import DATA, ROOT, inside, prepare, records
 from test_model import checkpoint, edit, refused
 from toy import C_f, C_r
@@ -72,7 +72,7 @@ def derivatives(path):
     logp = answer_logprob(model, collate(rows_of(tokenizer, C_f)))
     g = torch.autograd.grad(logp.exp().sum(), phi, create_graph=True)
     Hv = torch.autograd.grad(g, phi, v, retain_graph=True)
-    penalised(logp.mean(), ssiuu.attribution(logp.exp().sum(), phi), v).backward()
+    surrogate(logp.mean(), ssiuu.attribution(logp.exp().sum(), phi), v).backward()
     return {"g": whole(model, g), "Hv": whole(model, Hv), "l.13": whole(model, [p.grad for p in phi])}
 
 

@@ -68,7 +68,7 @@ def test_the_paste_snippet_runs(monkeypatch):
     """On our decoder behind the two Hugging Face names it uses: transformers need not be installed."""
     model, tokenizer = load(ROOT / "data/tiny")
     model.register_forward_hook(lambda module, args, logits: types.SimpleNamespace(logits=logits))
-    maker = types.SimpleNamespace(from_pretrained=lambda path, attn_implementation: model)
+    maker = types.SimpleNamespace(from_pretrained=lambda path, dtype, attn_implementation: model)
     monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoModelForCausalLM=maker))
 
     def encoded(question, text):

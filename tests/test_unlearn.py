@@ -124,7 +124,7 @@ def test_the_controls_of_the_sign_and_of_damping(penalise, target, anchor, micro
 
 def test_a_random_half_is_the_same_half_at_every_step():
     A = [torch.randn(40, 50, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-    masks, again = (ssiuu.negative(ssiuu.signed(x, "random", 7)) for x in (A, [-a for a in A]))
+    masks, again = (ssiuu.control(x, "random", 7) for x in (A, [-a for a in A]))
     assert all(map(torch.equal, masks, again))
     assert ssiuu.share_of(masks) == pytest.approx(0.5, abs=0.03) and not torch.equal(*masks)
 

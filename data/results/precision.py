@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import Batch, collate, encode  # noqa: E402
 from evaluate import Data, Rate, read_flags, run, splits_of  # noqa: E402
 from model import LM, Count, answer_logprob, load, write_json  # noqa: E402
-from ssiuu import attribution, gd_loss, negative, penalised, provenance, weights  # noqa: E402
+from ssiuu import attribution, gd_loss, negative, surrogate, provenance, weights  # noqa: E402
 
 
 @dataclass
@@ -53,7 +53,7 @@ def gradients(model: LM, b: Batch, b_r: Batch, A_prev: list | None, lam: float, 
         constant = [a.detach() for a in A]
         if A_prev:
             w = weights(constant, A_prev, negative(constant), lam)
-            penalty = flat(torch.autograd.grad(penalised(0 * L, A, w), phi, retain_graph=True))
+            penalty = flat(torch.autograd.grad(surrogate(0 * L, A, w), phi, retain_graph=True))
         return flat(torch.autograd.grad(L, phi)), penalty, constant
 
 

@@ -103,7 +103,7 @@ def kept_run(file: Path) -> dict:
     for side in (after, result.get("before", {})):
         for name in ("FS", "RS", "retain"):
             check(side.get(name, {"percent": 0.0}).get("percent"), float, f"{file}: percent of {name} is")
-    for key, kind in {"commit": str, "flags": dict, "attacks": dict | None, "analysis": dict | None}.items():
+    for key, kind in {"commit": str | None, "flags": dict, "attacks": dict | None, "analysis": dict | None}.items():
         check(result.get(key), kind, f"{file}: {key} is")
     return result
 
@@ -238,7 +238,7 @@ def summarise(runs: dict[str, dict[int, dict]]) -> dict:
             if row not in ("default", other) and other in values:
                 rows[row][f"minus {other}"] = paired(folds, values[other])
     return {"rows": rows, "rank": ranking(values),
-            "commits": sorted({x["commit"] for row in runs.values() for x in row.values()})}
+            "commits": sorted({str(x["commit"]) for row in runs.values() for x in row.values()})}
 
 
 def ranks(x: list[float]) -> list[float]:
