@@ -105,7 +105,7 @@ def falsely_answered(model: LM, tokenizer: Tokenizer, C_f: list[Example], eval_s
         return list(C_f)
     return [e for e, hit in zip(C_f, answered(model, tokenizer, C_f, size=eval_size)) if not hit]
 
-def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Iterator, scored: list[Example],
+def attacked(model: LM, tokenizer: Tokenizer, key: dict, changes: Iterator, scored: list[Example],
              eval_size: int, known: Iterable[dict] = ()) -> dict:
     """The cell with FS, logp and margin of `scored` as lists: before the attack, then as often as `changes`
     yields. A known cell is returned as it is. An attack that diverges costs its own cell, which says so under
@@ -115,7 +115,7 @@ def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Iterator, sco
         return FS, *margin(model, tokenizer, scored, eval_size)
 
     for c in known:
-        if cell.items() <= c.items():
+        if key.items() <= c.items():
             return c
     start = [w.detach().to("cpu", copy=True) for w in model.parameters()]
     curve = [measure()]
@@ -124,11 +124,11 @@ def attacked(model: LM, tokenizer: Tokenizer, cell: dict, changes: Iterator, sco
             for _ in changes:
                 curve.append(measure())
     except FloatingPointError as e:
-        return cell | {"failed": str(e)}
+        return key | {"failed": str(e)}
     finally:
         for w, w_start in zip(model.parameters(), start):
             w.data.copy_(w_start)
-    return cell | {name: list(values) for name, values in zip(("FS", "logp", "margin"), zip(*curve))}
+    return key | {name: list(values) for name, values in zip(("FS", "logp", "margin"), zip(*curve))}
 
 def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: int) -> tuple[list, list]:
     """A fraction p of the pool, at least one item, encoded to be retrained; and the rest, to be scored."""
@@ -148,11 +148,11 @@ def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: floa
         if not rest:
             return
         for lr in s.attack_lrs:
-            cell = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "rank": s.attack_rank, "n": len(rest),
-                    "retrained": len(rows)}
+            key = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "rank": s.attack_rank, "n": len(rest),
+                   "retrained": len(rows)}
             generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
             changes = retrain(model, rows, lr, s.attack_epochs, s.attack_batch, generator, s.attack_rank)
-            yield attacked(model, tokenizer, cell, changes, rest, s.eval_batch, known)
+            yield attacked(model, tokenizer, key, changes, rest, s.eval_batch, known)
 
 def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: list[Example], s: Settings,
                   known: Iterable[dict] = ()) -> Iterator[dict]:
@@ -162,20 +162,20 @@ def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: li
         chosen = random.Random(f"{s.seed} {draw} benign").sample(rows, min(s.benign_rows, len(rows)))
         encoded = [encode(tokenizer, e.question, e.answers[0]) for e in chosen]
         for lr in s.benign_lrs:
-            cell = {"kind": "benign", "seed": draw, "lr": lr, "rank": s.attack_rank, "n": len(pool),
-                    "retrained": len(chosen)}
+            key = {"kind": "benign", "seed": draw, "lr": lr, "rank": s.attack_rank, "n": len(pool),
+                   "retrained": len(chosen)}
             generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
             changes = retrain(model, encoded, lr, 1, s.attack_batch, generator, s.attack_rank,
                               s.benign_points)
-            yield attacked(model, tokenizer, cell, changes, pool, s.eval_batch, known)
+            yield attacked(model, tokenizer, key, changes, pool, s.eval_batch, known)
 
 def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bits: int, s: Settings,
                         known: Iterable[dict] = ()) -> Iterator[dict]:
     """One cell, curves [before, after] `quantise`; seed, lr and retrained are 0. Zhang et al. 2025 (ICLR)."""
-    cell = {"kind": "quantise", "bits": bits, "seed": 0, "lr": 0.0, "n": len(pool), "retrained": 0}
+    key = {"kind": "quantise", "bits": bits, "seed": 0, "lr": 0.0, "n": len(pool), "retrained": 0}
     if pool:
         changes = (quantise(model, bits) for _ in range(1))
-        yield attacked(model, tokenizer, cell, changes, pool, s.eval_batch, known)
+        yield attacked(model, tokenizer, key, changes, pool, s.eval_batch, known)
 
 def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: list[Example], s: Settings,
             report: Callable[[str, dict], None], known: Iterable[dict] = ()) -> dict[str, dict]:

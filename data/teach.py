@@ -20,7 +20,6 @@ from data import check_fits, encode, load_tofu, mcqa_prompt  # noqa: E402
 from evaluate import Data, Rate, read_flags, refuse, run, splits_of  # noqa: E402
 from model import Count, load, save  # noqa: E402
 
-
 @dataclass
 class Settings(Data):
     rows: str | None = None               # JSON lines of question and answer; the facts of --forget
@@ -28,7 +27,6 @@ class Settings(Data):
     teach_lr: Rate = 1e-5                 # learning rate (C.1, TOFU)
     teach_epochs: Count = 5               # passes over the rows (C.1, TOFU)
     teach_batch: Count = 8                # rows a step; unpublished
-
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
@@ -50,7 +48,6 @@ def main() -> None:
         print(f"teach {i}/{s.teach_epochs}  {len(rows)} rows  loss {loss:.4f}  {seconds:.0f}s  "
               f"eta {seconds / i * (s.teach_epochs - i):.0f}s", flush=True)
     save(model, tokenizer, s.out)
-
 
 if __name__ == "__main__":
     run(main)

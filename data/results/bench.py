@@ -41,7 +41,6 @@ CONFIGS = {
     "llama-3.2-3b": Config("llama", 128256, 3072, 8192, 28, 24, 8, 128, tie_word_embeddings=True),
     "qwen2.5-3b": Config("qwen2", 151936, 2048, 11008, 36, 16, 2, 128, tie_word_embeddings=True)}
 
-
 @dataclass
 class Settings(Data):
     batch_size: Count = 8                 # B, of b and of b'
@@ -52,7 +51,6 @@ class Settings(Data):
     literal: bool = False                 # measure Algorithm 1 on transformers' model instead
     config: Literal["llama-3.2-3b", "qwen2.5-3b", None] = None  # a model of this size instead
     out: str = "runs/bench.json"          # where the numbers go
-
 
 class RandomTokens:
     """In place of a tokenizer: a question is a seed, and gives K - 6 random tokens; an answer six."""
@@ -69,7 +67,6 @@ class RandomTokens:
     def answer(self, text: str) -> list[int]:
         return self.draw(text, ANSWER)
 
-
 def peak_memory(device: str) -> Callable[[], float]:
     """Starts a count; the function it returns gives the peak since then in GB."""
     if device.startswith("cuda"):
@@ -80,7 +77,6 @@ def peak_memory(device: str) -> Callable[[], float]:
         return lambda: math.nan
     Path("/proc/self/clear_refs").write_text("5")
     return lambda: int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e9
-
 
 def steps(model: LM, s: Settings, method: str, shared: list) -> Iterator[dict]:
     """Endless steps of a method, by Algorithm 1 as the command runs it. Both methods share one optimizer,
@@ -94,7 +90,6 @@ def steps(model: LM, s: Settings, method: str, shared: list) -> Iterator[dict]:
     shared.append(state.optimizer)
     state.optimizer = shared[0]
     yield from ssiuu.unlearn(model, tokenizer, C_f, C_r, settings, state)
-
 
 def literal_steps(model: LM, s: Settings) -> Iterator[None]:
     """Endless steps of Algorithm 1 line by line on transformers' model of the same config, random weights."""
@@ -126,9 +121,7 @@ def literal_steps(model: LM, s: Settings) -> Iterator[None]:
         optimizer.zero_grad()
         yield
 
-
 # ------------------------------------------------------- --config: what is alive at the peak, by name
-
 
 class Unread(TorchFunctionMode):
     """Tensors have no data here. What the code reads out of one is made up: numbers are 1, y has its known
@@ -149,7 +142,6 @@ class Unread(TorchFunctionMode):
         if function is T.to and self.alive.names.get(x.untyped_storage()._cdata) in HOST:
             return x.clone()  # back from the host: a copy, but not where both are one device
         return function(*args, **(kwargs or {}))
-
 
 class Alive(TorchDispatchMode):
     """Counts the bytes of all storages that are alive: now, and at the peak of those on the device."""
@@ -175,15 +167,12 @@ class Alive(TorchDispatchMode):
             self.now[self.names.pop(key)] -= size
         weakref.finalize(storage, gone)
 
-
 HOST = {"on_host"}  # what this function makes lies in host memory
 NAMES = {"weights": "w", "attribution": "g and A", "unlearn": ".grad, Adam's moments, the backward pass",
          "retrain": ".grad, Adam's moments, the backward pass"}
 
-
 def on_device(bytes: Counter) -> int:
     return sum(size for name, size in bytes.items() if name not in HOST)
-
 
 def maker() -> str:
     """The innermost function of the five modules on the stack; in model.py only two things are made."""
@@ -194,7 +183,6 @@ def maker() -> str:
             return NAMES.get(name, name) if path.name != "model.py" else "activations"
         frame = frame.f_back
     return "phi"
-
 
 def alive_at_peak(config: Config, work: Callable[[LM], None]) -> dict[str, float]:
     """{name: GB on the device at the peak} of work(model), and what lay on the host at that time."""
@@ -207,7 +195,6 @@ def alive_at_peak(config: Config, work: Callable[[LM], None]) -> dict[str, float
     device = on_device(alive.peak)
     found = {"device": device, "host": alive.peak.total() - device, **alive.peak}
     return {name: round(size / 1e9, 1) for name, size in found.items() if size > 5e7 and name not in HOST}
-
 
 def count(s: Settings) -> None:
     """The memory of each kind of work on s.config, printed as a table and written to s.out."""
@@ -241,7 +228,6 @@ def count(s: Settings) -> None:
     names = list(dict.fromkeys(name for row in found.values() for name in row))
     print(markdown([[s.config, *names], *([name, *(str(row.get(x, "-")) for x in names)]
                                           for name, row in found.items())]))
-
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
@@ -279,7 +265,6 @@ def main() -> None:
     write_json(Path(s.out), result | {"time_ratios": ratios, "memory_ratio": more})
     print(f"SSIUU / GD, B={s.batch_size}, K={s.tokens}: time {statistics.median(ratios):.2f} "
           f"({min(ratios):.2f} to {max(ratios):.2f}, n={len(ratios)})  memory {more:.2f}")
-
 
 if __name__ == "__main__":
     run(main)

@@ -30,11 +30,9 @@ from model import LM, Count, Tokenizer, answer_logprob, load, vocabulary_logprob
 
 # ------------------------------------------------------------------------------- does it move elsewhere?
 
-
 def extremes(a: Tensor) -> Tensor:  # (K, n) -> (3, n)
     """max_k, min_k (Eq. 2) and sum_k. The last token of y predicts nothing: its 0 would bound the maxima."""
     return torch.stack((a[:-1].amax(0), a[:-1].amin(0), a[:-1].sum(0)))
-
 
 def influence_of_wholes(model: LM, rows: list) -> dict[str, Tensor]:
     """{"head": (2, S, heads), "module": (2, S, modules)}: max_k and min_k of heads of q, k, v and of modules.
@@ -51,9 +49,7 @@ def influence_of_wholes(model: LM, rows: list) -> dict[str, Tensor]:
         modules.append(extremes(torch.cat(per_module, 1))[:2].cpu())
     return {"head": torch.stack(heads, 1), "module": torch.stack(modules, 1)}
 
-
 # --------------------------------------------------------------- attributions that assume no linear model
-
 
 def integrated_gradients(model: LM, batch: Batch, module: str, steps: int = 64) -> Tensor:  # -> (B, K, n)
     """h times the mean of dP/d(a h) for a from 0 to 1, h a module's whole output (Sundararajan et al. 2017).
@@ -74,12 +70,10 @@ def integrated_gradients(model: LM, batch: Batch, module: str, steps: int = 64) 
         grad += torch.autograd.grad(P, scaled)[0].sum(1)
     return h * grad / steps
 
-
 def silenced(model: LM, silent: dict[str, Tensor]):
     """Inside this context the neurons of {module: (n,) bool} put out 0."""
     masks = {model.get_submodule(name): mask for name, mask in silent.items()}
     return hooked(masks, lambda layer, _, out: out.masked_fill(masks[layer], 0))
-
 
 @torch.no_grad()
 def ablation(model: LM, batch: Batch, module: str, chosen: Tensor) -> Tensor:  # (N,) -> (3, N)
@@ -93,7 +87,6 @@ def ablation(model: LM, batch: Batch, module: str, chosen: Tensor) -> Tensor:  #
             effects.append(P - answer_logprob(model, batch).exp())
     effect = torch.cat(effects)
     return torch.stack((effect.clamp(min=0), effect.clamp(max=0), effect))
-
 
 def three_attributions(model: LM, rows: list, picks: dict[str, Tensor], steps: int = 64) -> dict[str, Tensor]:
     """{kind: (3, S, N)}: `extremes` of neurons picks = {module: indices} by three kinds of attribution."""
@@ -110,7 +103,6 @@ def three_attributions(model: LM, rows: list, picks: dict[str, Tensor], steps: i
             found[kind].append(torch.cat(parts, 1).cpu())
     return {kind: torch.stack(items, 1) for kind, items in found.items()}
 
-
 def sample_neurons(model: LM, blocks: int, neurons: int, seed: int) -> dict[str, Tensor]:
     """{module: indices}: so many random neurons in each module of so many evenly spaced blocks."""
     last, generator, picks = len(model.model.layers) - 1, torch.Generator().manual_seed(seed), {}
@@ -120,12 +112,10 @@ def sample_neurons(model: LM, blocks: int, neurons: int, seed: int) -> dict[str,
             picks[name] = torch.randperm(len(layer.weight), generator=generator)[:neurons].to(model.device)
     return picks
 
-
 def ranks(a: Tensor) -> Tensor:  # (n,)
     """0 to n-1; `correlation` of ranks is Spearman's. Equal values share their mean rank."""
     _, place, count = a.unique(return_inverse=True, return_counts=True)
     return (count.cumsum(0) - (count + 1) / 2)[place]
-
 
 def agreement(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict:
     """Is D- above D+ under each kind of `three_attributions`, over all neurons sampled? And Spearman's rank
@@ -143,9 +133,7 @@ def agreement(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict:
                 result["spearman"][f"{name}: {other}, {kind}"] = correlation(order[other], order[kind])
     return result
 
-
 # ---------------------------------------------------------------------- do these neurons hide the facts?
-
 
 def largest(D_neg: dict[str, Tensor], m: int) -> dict[str, Tensor]:
     """{module: (n,) bool}: the m neurons of largest D_neg = {module: (n,)}; no modules without any."""
@@ -153,7 +141,6 @@ def largest(D_neg: dict[str, Tensor], m: int) -> dict[str, Tensor]:
     hit = torch.zeros_like(D, dtype=torch.bool).index_fill_(0, D.topk(m).indices, True)
     masks = dict(zip(D_neg, hit.split([len(x) for x in D_neg.values()])))
     return {name: mask for name, mask in masks.items() if mask.any()}
-
 
 def causal_test(model: LM, tokenizer: Tokenizer, examples: list[Example], D_neg: dict[str, Tensor], m: int,
                 draws: int = 3, size: int = 64) -> dict:
@@ -178,9 +165,7 @@ def causal_test(model: LM, tokenizer: Tokenizer, examples: list[Example], D_neg:
     return {"m": m, "FS": FS, "margin": lead, "random_FS": by_chance,
             "random_sd": statistics.pstdev(random_FS), "random_margin": statistics.fmean(random_leads)}
 
-
 # ------------------------------------------------------------------------------------------ membership
-
 
 @torch.no_grad()
 def membership(model: LM, rows: list, k: float = 0.4) -> dict[str, list[float]]:
@@ -202,7 +187,6 @@ def membership(model: LM, rows: list, k: float = 0.4) -> dict[str, list[float]]:
         found["min-k++"].append(((token - mean) / sd).sort().values[:least].mean().item())
     return found
 
-
 def auc(members: list[float], others: list[float]) -> dict:
     """Chance, in percent, that a member scores above a non-member. Its variance is at most that of a rate
     over the smaller group (Birnbaum and Klose, 1957), hence Wilson's interval at that n: rather too wide."""
@@ -210,9 +194,7 @@ def auc(members: list[float], others: list[float]) -> dict:
     above = ((a > b).double() + 0.5 * (a == b)).mean().item()
     return wilson(100 * above, min(len(members), len(others)))
 
-
 # --------------------------------------------------------------------------------------------- the command
-
 
 @dataclass
 class Settings(Data):
@@ -227,7 +209,6 @@ class Settings(Data):
     steps: Count = 64                    # ... and with so many steps of integrated gradients
     out: str | None = None               # folder for beyond.json; --after
 
-
 def facts(s: Settings) -> tuple[list[Example], list[Example]]:
     """C_f, and what no model saw: the facts of --unseen, or C_f's questions with wrong answers."""
     C_f, unseen = splits_of(s)[0], []
@@ -237,7 +218,6 @@ def facts(s: Settings) -> tuple[list[Example], list[Example]]:
         if path and len({e.answers[0] for e in examples}) < 2:
             refuse(f"{path}: found {len(examples)} items, expected at least two different answers")
     return C_f, unseen or distractors(C_f, s.seed)
-
 
 def check_settings(s: Settings, C_f: list[Example], unseen: list[Example]) -> None:
     """ValueError, before hours of work, for settings that cannot be met."""
@@ -256,21 +236,17 @@ def check_settings(s: Settings, C_f: list[Example], unseen: list[Example]) -> No
     if 2 * max(s.ms) > neurons:
         refuse(f"--ms: found {max(s.ms)}, expected at most half of the model's {neurons} neurons")
 
-
 def paths(s: Settings) -> dict[str, str]:
     found = {"before": s.before or s.model, "after": s.after, "attacked": s.attacked}
     return {name: path for name, path in found.items() if path}
 
-
 def encoded(tokenizer: Tokenizer, examples: list[Example]) -> list:
     return [encode(tokenizer, e.question, e.answers[0]) for e in examples]
-
 
 def told_apart(model: LM, rows: list, strangers: list) -> dict[str, dict]:
     """{score: `auc`} of C_f against what no model saw."""
     members, others = membership(model, rows), membership(model, strangers)
     return {kind: auc(members[kind], others[kind]) for kind in members}
-
 
 def causal_tests(model: LM, tokenizer: Tokenizer, C_f: list[Example], before: dict[str, Tensor],
                  after: dict[str, Tensor], s: Settings) -> list[dict]:
@@ -280,7 +256,6 @@ def causal_tests(model: LM, tokenizer: Tokenizer, C_f: list[Example], before: di
         found.append(causal_test(model, tokenizer, C_f, D_neg, m, size=s.eval_batch))
         print(causal_line(found[-1]), flush=True)
     return found
-
 
 def analyse(s: Settings, C_f: list[Example], unseen: list[Example]) -> dict:
     """Everything that beyond.json holds; one checkpoint at a time is in memory."""
@@ -301,20 +276,16 @@ def analyse(s: Settings, C_f: list[Example], unseen: list[Example]) -> dict:
             "paths": paths(s), "levels": levels, "attributions": agreement(three["before"], three["after"]),
             "causal": causal, "membership": apart}
 
-
 def percent(x: dict) -> str:
     return f"{x['percent']:.0f} % [{x['low']:.0f}, {x['high']:.0f}]"
-
 
 def causal_line(c: dict) -> str:
     return (f"without the {c['m']} neurons of largest D-: FS {percent(c['FS'])}, "
             f"without random ones {percent(c['random_FS'])}")
 
-
 def share(x: dict) -> str:
     value, low, high = (100 * share for share in x["share"])
     return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
-
 
 def summary(r: dict) -> str:
     """For a person. A share of D- in D+ and D- above 50 % says that more was hidden than erased."""
@@ -330,7 +301,6 @@ def summary(r: dict) -> str:
         lines.append(f"membership {name}: AUC by {found}")
     return "\n".join(lines)
 
-
 def main() -> None:
     s = read_flags(Settings, __doc__)
     C_f, unseen = facts(s)
@@ -340,7 +310,6 @@ def main() -> None:
     result = analyse(s, C_f, unseen)
     write_json(folder / "beyond.json", result)
     print(f"{summary(result)}\n{folder / 'beyond.json'}")
-
 
 if __name__ == "__main__":
     run(main)

@@ -50,7 +50,6 @@ CURVES = {"FS": NUMBERS, "logp": NUMBERS, "margin": NUMBERS}
 
 # ------------------------------------------------------------------------------------------- the runs
 
-
 @dataclass
 class Run:
     """What a folder holds; analysis and beyond are {} where they were not made."""
@@ -64,7 +63,6 @@ class Run:
     analysis: dict
     beyond: dict
 
-
 def check_layout(value, layout: dict, where: Path | str, made_by: str) -> None:
     """ValueError where `value` lacks a path of keys, "variation.curves.m", or holds another type there."""
     for keys, kind in layout.items():
@@ -74,14 +72,12 @@ def check_layout(value, layout: dict, where: Path | str, made_by: str) -> None:
         if expected := wanted(found, kind):
             raise ValueError(f"{where}: {keys} is {found!r:.60}, expected {expected}, as {made_by} writes it")
 
-
 def read_optional(path: Path, layout: dict, made_by: str) -> dict:
     if not path.is_file():
         return {}
     value = read_json(path)
     check_layout(value, layout, path, made_by)
     return value
-
 
 def read_cells(path: Path) -> list[dict]:
     """The cells of the retraining attacks, without those of control models."""
@@ -94,7 +90,6 @@ def read_cells(path: Path) -> list[dict]:
             check_layout(cell, layout, f"{path} line {i}", "ssiuu.py")
             cells.append(cell)
     return cells
-
 
 def read_run(folder: Path, colour: str, marker: str) -> Run:
     path = folder / "result.json"
@@ -111,7 +106,6 @@ def read_run(folder: Path, colour: str, marker: str) -> Run:
                read_optional(folder / "analysis.json", ANALYSIS, "evaluate.py --before --after"),
                read_optional(folder / "beyond.json", BEYOND, "beyond_paper.py"))
 
-
 def read_runs(folders: list[str]) -> list[Run]:
     runs = []
     for i, folder in enumerate(folders):
@@ -119,7 +113,6 @@ def read_runs(folders: list[str]) -> list[Run]:
     for run, name in zip(runs, names(runs, folders)):
         run.name = name
     return runs
-
 
 def names(runs: list[Run], folders: list[str]) -> list[str]:
     """The method; with lambda where that tells runs of a method apart; else the folder."""
@@ -135,18 +128,14 @@ def names(runs: list[Run], folders: list[str]) -> list[str]:
             found.append(Path(folder).name)
     return found
 
-
 # ------------------------------------------------------------------------------------ what figures share
-
 
 def whiskers(value: float, low: float, high: float) -> list[list[float]]:
     """An interval as matplotlib wants it: lengths below and above."""
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
-
 def interval(x: dict) -> list[list[float]]:
     return whiskers(x["percent"], x["low"], x["high"])
-
 
 def two_bars(ax, column: int, colour: str, hatched: list[float], filled: list[float]) -> None:
     """Two [value, low, high] side by side, told apart by more than colour."""
@@ -154,13 +143,11 @@ def two_bars(ax, column: int, colour: str, hatched: list[float], filled: list[fl
            yerr=whiskers(*hatched))
     ax.bar(column + 0.2, filled[0], 0.4, color=colour, edgecolor="k", capsize=3, yerr=whiskers(*filled))
 
-
 def curve(ax, x, scores: list[dict], line: str, colour: str, label: str) -> None:
     """Percentages over x with a band for their intervals."""
     middle, low, high = ([score[key] for score in scores] for key in ("percent", "low", "high"))
     ax.plot(x, middle, line, color=colour, label=label, marker="o", markersize=4, markeredgecolor="k")
     ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-
 
 def name_columns(ax, names: list[str]) -> None:
     """Names below the bars, slanted where they would touch."""
@@ -169,12 +156,10 @@ def name_columns(ax, names: list[str]) -> None:
                   ha="right" if slanted else "center", rotation_mode="anchor")
     ax.set_xlim(-0.6, len(names) - 0.4)
 
-
 def grid(n: int, widest: int = 4) -> tuple[int, int]:
     """Rows and columns for n panels, as even as they can be."""
     rows = math.ceil(n / widest)
     return rows, math.ceil(n / rows)
-
 
 def panels(figure, n: int, widest: int = 4, **shared) -> list:
     """n axes; what is left of the last row stays empty."""
@@ -183,12 +168,10 @@ def panels(figure, n: int, widest: int = 4, **shared) -> list:
         ax.set_axis_off()
     return axes[:n]
 
-
 def panels_size(n: int) -> tuple[float, float]:
     """Inches for n panels with a legend above."""
     rows, columns = grid(n)
     return 1 + 2.6 * max(2, columns), 1.1 + 2.4 * rows
-
 
 def legend_above(fig, **settings) -> None:
     """One legend for all panels, from the one with most curves."""
@@ -197,18 +180,14 @@ def legend_above(fig, **settings) -> None:
     fig.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, frameon=False,
                **settings)
 
-
 def span(values: list[int]) -> str:
     """n of all, or from the least to the most."""
     return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
 
-
 def analysed(runs: list[Run]) -> list[Run]:
     return [run for run in runs if run.analysis]
 
-
 # ---------------------------------------------------------------------------------------- the figures
-
 
 def figure_2(runs: list[Run]):
     """Recovery: the maximal FS after each retraining attack, a panel an attack and a bar a method."""
@@ -227,7 +206,6 @@ def figure_2(runs: list[Run]):
         ax.set(title=f"{label}, n = {n}", ylim=(0, 101))
     fig.axes[0].set_ylabel("largest FS after the attack, %")
     return fig
-
 
 def figure_3(runs: list[Run]):
     """Influence variation: (b) accumulated over neurons, (c) of the m neurons where it is largest."""
@@ -251,7 +229,6 @@ def figure_3(runs: list[Run]):
               ylabel=f"D⁺ hatched, D⁻ filled, {UNITS}")
     return fig
 
-
 def figure_4(runs: list[Run]):
     """Logit lens: how often the answer is above a distractor after each block, a panel a method."""
     runs = analysed(runs)
@@ -269,7 +246,6 @@ def figure_4(runs: list[Run]):
     fig.supylabel("answer above a distractor, %", fontsize="medium")
     legend_above(fig)
     return fig
-
 
 def figure_5(runs: list[Run]):
     """D+ and D- per module and block, a column a method, one colour scale for all."""
@@ -293,7 +269,6 @@ def figure_5(runs: list[Run]):
     fig.colorbar(image, ax=axes, pad=0.01, label=f"mean variation of a module's\ntop 100 neurons, {UNITS}")
     return fig
 
-
 def figure_6(runs: list[Run]):
     """Attributions: (a) in order, a panel a method, (b) their correlation before and after the attack."""
     runs = analysed(runs)
@@ -312,7 +287,6 @@ def figure_6(runs: list[Run]):
     figure_6b(bottom.subplots(), attacked)
     return fig
 
-
 def figure_6a(fig, runs: list[Run]) -> None:
     most = max(x["max"][0] for run in runs for x in run.analysis["attribution"].values())
     for ax, run in zip(panels(fig, len(runs), sharex=True, sharey=True), runs):
@@ -328,7 +302,6 @@ def figure_6a(fig, runs: list[Run]) -> None:
     fig.supxlabel("neurons, in order", fontsize="medium")
     fig.supylabel(f"attribution, {UNITS}", fontsize="medium")
 
-
 def figure_6b(ax, runs: list[Run]) -> None:
     for i, run in enumerate(runs):
         rho = run.analysis["correlation"]["after attacked"]
@@ -338,7 +311,6 @@ def figure_6b(ax, runs: list[Run]) -> None:
     n = span([run.analysis["n"] for run in runs])
     ax.set(title="(b) attributions before and after the attack",
            ylabel=f"Pearson's ρ, n = {n}\nmaxima hatched, minima filled")
-
 
 def figure_7(runs: list[Run]):
     """(a) lambda against retention and recovery; (b, c) recovery by the attack's learning rate."""
@@ -364,10 +336,8 @@ def figure_7(runs: list[Run]):
         figure_7bc(ax, label, [run for run in runs if any(attack_of(cell) == label for cell in run.cells)])
     return fig
 
-
 def attack_of(cell: dict) -> str:
     return f"(b) Harmful, p = {cell['p']:g}" if "p" in cell else "(c) Benign"
-
 
 def figure_7a(ax, runs: list[Run]) -> None:
     """A point a run with its interval, and a line through the means of runs with the same lambda."""
@@ -388,7 +358,6 @@ def figure_7a(ax, runs: list[Run]) -> None:
     ax.set(xscale="log", xlabel="λ", ylabel="accuracy, %", ylim=(-3, 103), title="(a) weight of the penalty")
     ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
-
 def figure_7bc(ax, label: str, runs: list[Run]) -> None:
     """Per rate the maximum over the attack's points, mean over draws; runs stand side by side at a rate."""
     for i, run in enumerate(runs):
@@ -407,7 +376,6 @@ def figure_7bc(ax, label: str, runs: list[Run]) -> None:
     ax.set(ylabel="largest FS, %", ylim=(-3, 103))
     ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
-
 def figure_causal(runs: list[Run]):
     """Not in the paper: FS with the neurons of largest D- silent, and with as many random ones."""
     runs = [run for run in runs if run.beyond]
@@ -423,7 +391,6 @@ def figure_causal(runs: list[Run]):
     fig.supylabel("FS, %", fontsize="medium")
     legend_above(fig)
     return fig
-
 
 def figure_recovery(points: dict[str, dict]):
     """What an attack brings back against what is kept: {name: {column: {mean, low, high, folds}}}."""
@@ -443,7 +410,6 @@ def figure_recovery(points: dict[str, dict]):
     name_points(ax, points)
     return fig
 
-
 def name_points(ax, points: dict[str, dict]) -> None:
     """Each name beside its point, at the nearest place where it covers no interval and no other name."""
     taken = []
@@ -454,7 +420,6 @@ def name_points(ax, points: dict[str, dict]) -> None:
         taken += [Bbox(ax.transData.transform(line)).padded(6) for line in (across, along)]
     for name, row in points.items():
         taken.append(name_point(ax, name, (row[RETENTION]["mean"], row[RECOVERY]["mean"]), taken))
-
 
 def name_point(ax, name: str, point: tuple[float, float], taken: list):
     """Writes the name where it covers none of the boxes, and gives back its own."""
@@ -469,9 +434,7 @@ def name_point(ax, name: str, point: tuple[float, float], taken: list):
                 return box
     return box
 
-
 # ---------------------------------------------------------------------------------------- the command
-
 
 def read_mean(x: dict, where: str) -> dict:
     layout = {"mean": float, "low": float | None, "high": float | None, "folds": int}
@@ -479,7 +442,6 @@ def read_mean(x: dict, where: str) -> dict:
     if x["folds"] > 1:
         return x
     return x | {"low": x["mean"], "high": x["mean"]}  # one forget set has no interval
-
 
 def read_table(path: Path) -> dict[str, dict]:
     """The rows of a table that hold both of retention and recovery."""
@@ -494,7 +456,6 @@ def read_table(path: Path) -> dict[str, dict]:
         raise ValueError(f"{path}: no row holds {RETENTION} and {RECOVERY}, expected at least one")
     return points
 
-
 def read_flags() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
@@ -507,7 +468,6 @@ def read_flags() -> argparse.Namespace:
     if not flags.runs and not flags.table:
         refuse("found nothing to draw, expected folders of runs or --table")
     return flags
-
 
 def main() -> None:
     flags = read_flags()
@@ -527,7 +487,6 @@ def main() -> None:
         else:
             figure.savefig(Path(flags.out) / f"{name}.png", dpi=150)
             print(Path(flags.out) / f"{name}.png")
-
 
 if __name__ == "__main__":
     run_command(main)

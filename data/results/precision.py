@@ -21,7 +21,6 @@ from evaluate import Data, Rate, read_flags, run, splits_of  # noqa: E402
 from model import LM, Count, answer_logprob, load, write_json  # noqa: E402
 from ssiuu import attribution, gd_loss, negative, surrogate, provenance, weights  # noqa: E402
 
-
 @dataclass
 class Settings(Data):
     lr: Rate = 1e-5                      # of the run
@@ -30,7 +29,6 @@ class Settings(Data):
     lam: float = 0.1                     # weight of the penalty
     out: str = "runs/precision.json"     # where the numbers go
 
-
 @contextmanager
 def precision(kind: str, device: torch.device):
     torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
@@ -38,10 +36,8 @@ def precision(kind: str, device: torch.device):
         yield
     torch.backends.cuda.matmul.allow_tf32 = False
 
-
 def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([x.detach().flatten() for x in tensors])
-
 
 def gradients(model: LM, b: Batch, b_r: Batch, A_prev: list | None, lam: float, kind: str) -> tuple:
     """(L's gradient, the penalty's gradient or None at t = 1, A), the first two flat."""
@@ -55,7 +51,6 @@ def gradients(model: LM, b: Batch, b_r: Batch, A_prev: list | None, lam: float, 
             w = weights(constant, A_prev, negative(constant), lam)
             penalty = flat(torch.autograd.grad(surrogate(0 * L, A, w), phi, retain_graph=True))
         return flat(torch.autograd.grad(L, phi)), penalty, constant
-
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
@@ -79,7 +74,6 @@ def main() -> None:
             start += p.numel()
         optimizer.step()
     write_json(Path(s.out), {"model": s.model, "lr": s.lr, "lam": s.lam, "errors": found, **provenance()})
-
 
 if __name__ == "__main__":
     run(main)

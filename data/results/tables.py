@@ -69,7 +69,6 @@ FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, gri
 }.items() for more in grid}
 SCORES = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
 
-
 @dataclass
 class Table:
     model: str
@@ -78,13 +77,11 @@ class Table:
     attack: str | None = None    # flags of attack.py; none: no attack
     folds: range = range(1, 11)
 
-
 TABLES = {"tiny-fold0": Table("data/tiny", FOLD0, steps=100, folds=range(1)),
           "tiny": Table("data/tiny", TINY, attack="--attack-draws 1 --attack-lrs 1e-3 5e-4 1e-4 "
                         "--benign-lrs 1e-3 1e-4 1e-5 --benign-rows 200")}
 
 # ------------------------------------------------------------------------------------------------ runs
-
 
 def command(*words: str) -> str:
     """Runs a command of this repository on one core; its standard output. RuntimeError where it fails."""
@@ -94,7 +91,6 @@ def command(*words: str) -> str:
         *_, last = "", *done.stderr.splitlines()
         raise RuntimeError(last if last.startswith("error: ") else f"{words[0]}: status {done.returncode}")
     return done.stdout
-
 
 def kept_run(file: Path) -> dict:
     """A kept run. ValueError where it has not what a table reads of it."""
@@ -106,7 +102,6 @@ def kept_run(file: Path) -> dict:
     for key, kind in {"commit": str | None, "flags": dict, "attacks": dict | None, "analysis": dict | None}.items():
         check(result.get(key), kind, f"{file}: {key} is")
     return result
-
 
 def make_model(t: Table, row: str, fold: int, name: str) -> dict:
     """Makes or resumes runs/<name>, the model of this row; its scores as ssiuu.py or evaluate.py has them."""
@@ -123,7 +118,6 @@ def make_model(t: Table, row: str, fold: int, name: str) -> dict:
                 *t.rows[row].split(), *start)
     result = read_json(folder / "result.json")
     return {key: result[key] for key in ("before", "after", "seconds")}
-
 
 def make(table: str, row: str, fold: int) -> dict:
     """What is known of this row on this fold: kept from before, or found now."""
@@ -148,7 +142,6 @@ def make(table: str, row: str, fold: int) -> dict:
     shutil.rmtree(ROOT / "runs" / name)
     return result
 
-
 def make_all(table: str, rows: list[str], folds: list[int], jobs: int) -> list[str]:
     """Makes every run, `jobs` at a time, a line as each ends. Returns the failed; they stop no other."""
     start, failed = time.time(), []
@@ -169,13 +162,11 @@ def make_all(table: str, rows: list[str], folds: list[int], jobs: int) -> list[s
             raise
     return failed
 
-
 # --------------------------------------------------------------------------------------------- the table
 
 # 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little wide
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
      2.120, 2.110, 2.101, 2.093)
-
 
 def interval(values: list[float]) -> dict:
     """{mean, low, high, folds}: the 95 % t-interval of a mean over folds; one fold has none."""
@@ -184,7 +175,6 @@ def interval(values: list[float]) -> dict:
         half = T[min(len(values) - 1, len(T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
         low, high = round(mean - half, 3), round(mean + half, 3)
     return {"mean": round(mean, 3), "low": low, "high": high, "folds": len(values)}
-
 
 def columns_of(result: dict, side: str = "after") -> dict[str, float]:
     """{column: value} of one run, all in percent but steps, margins and D+, D-."""
@@ -204,7 +194,6 @@ def columns_of(result: dict, side: str = "after") -> dict[str, float]:
         values |= {"lens": a["lens"][-1]["percent"], "P": 100 * a["P"]}
     return values
 
-
 def read_runs(table: str) -> dict[str, dict[int, dict]]:
     """{row: {fold: result}} of the kept runs, in the table's order."""
     found = {}
@@ -212,7 +201,6 @@ def read_runs(table: str) -> dict[str, dict[int, dict]]:
         for path in sorted((HERE / table).glob(f"{row} fold=*.json")):
             found.setdefault(row, {})[int(path.stem.rpartition("=")[2])] = kept_run(path)
     return found
-
 
 def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
     """{column: interval of a - b over the folds that both have}."""
@@ -223,7 +211,6 @@ def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
         if values:
             differences[name] = interval(values)
     return differences
-
 
 def summarise(runs: dict[str, dict[int, dict]]) -> dict:
     """table.json: per row its columns over folds, and `minus gd` and others, paired by fold."""
@@ -240,11 +227,9 @@ def summarise(runs: dict[str, dict[int, dict]]) -> dict:
     return {"rows": rows, "rank": ranking(values),
             "commits": sorted({str(x["commit"]) for row in runs.values() for x in row.values()})}
 
-
 def ranks(x: list[float]) -> list[float]:
     """1 for the least; equal values share the mean of their ranks."""
     return [sum(b < a for b in x) + (1 + sum(b == a for b in x)) / 2 for a in x]
-
 
 def ranking(values: dict[str, dict[int, dict]]) -> dict:
     """{attack: interval over folds of Spearman's rho, over unlearned models, of D- - D+ and recovery}."""
@@ -258,9 +243,7 @@ def ranking(values: dict[str, dict[int, dict]]) -> dict:
                 rho.setdefault(label, []).append(statistics.correlation(hiding, recovery))
     return {label: interval(found) for label, found in rho.items()}
 
-
 # ---------------------------------------------------------------------------------------------- Markdown
-
 
 def shown(x: dict | None, most: int) -> str:
     """mean [low, high], and its number of folds where it is not the row's."""
@@ -270,9 +253,7 @@ def shown(x: dict | None, most: int) -> str:
     ends = "" if x["low"] is None else f" [{x['low']:.{digits}f}, {x['high']:.{digits}f}]"
     return f"{x['mean']:.{digits}f}{ends}" + (f" n={x['folds']}" if x["folds"] != most else "")
 
-
 INTERVAL = {"mean": float, "low": float | None, "high": float | None, "folds": int}
-
 
 def read_table(file: Path) -> dict:
     """table.json. ValueError for what `summarise` would not write."""
@@ -286,7 +267,6 @@ def read_table(file: Path) -> dict:
                 for part, kind in INTERVAL.items():
                     check(x.get(part), kind, f"{file}: {name} {key} {part} is")
     return found
-
 
 def show(table: dict, only: list[str] | None, minus: str | None) -> str:
     """Two Markdown tables: means, and paired differences to the row `minus`. `only`: these columns."""
@@ -309,9 +289,7 @@ def show(table: dict, only: list[str] | None, minus: str | None) -> str:
     rank = [f"rank correlation of D- - D+ with {label}: {shown(x, 0)}" for label, x in table["rank"].items()]
     return "\n\n".join([markdown(means), *([markdown(less)] if less[1:] else []), *rank])
 
-
 # -------------------------------------------------------------------------------------- the command line
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
@@ -337,7 +315,6 @@ def main() -> None:
     print(show(read_table(file), s.columns, s.minus))
     if failed:
         refuse(f"{len(failed)} runs failed, {', '.join(failed):.200}; the same command tries them again")
-
 
 if __name__ == "__main__":
     run(main)
