@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 try:
     from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from attack import summary  # noqa: E402
 from evaluate import refuse, run as run_command  # noqa: E402
-from model import parse, read_json, read_text, wanted  # noqa: E402
+from model import Count, parse, read_json, read_text, wanted  # noqa: E402
 
 # Okabe and Ito's colours, and grey; their black stands for the model before unlearning.
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999")
@@ -34,18 +35,40 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # 8 and 9 have no commo
 RETENTION, RECOVERY = "RS", "Harmful p = 0.3"            # columns of --table
 UNITS = "in units of P"                                   # of attributions and of their variation
 
-NUMBERS, COUNTS, SCORES = tuple[float, ...], tuple[int, ...], tuple[dict, ...]
-SCORE = {"percent": float, "low": float, "high": float, "n": int}
-RESULT = {"settings.method": str, "after.RS.percent": float, "after.RS.low": float,
-          "after.RS.high": float, "after.RS.n": int}
-ANALYSIS = {"n": int, "variation.m": int, "variation.neurons": int, "variation.D_pos": NUMBERS,
-            "variation.D_neg": NUMBERS, "variation.curves.m": COUNTS, "variation.curves.D_pos": NUMBERS,
-            "variation.curves.D_neg": NUMBERS, "by_module.D_pos": dict, "by_module.D_neg": dict,
-            "attribution.before.rank": COUNTS, "attribution.after.max": NUMBERS,
-            "attribution.after.min": NUMBERS, "correlation": dict, "checkpoints.before.lens": SCORES,
+
+def holding(words: str, kinds: dict):
+    """The type of an object that holds these kinds under these keys."""
+    def fits(x: dict) -> bool:
+        return not any(wanted(x.get(key), kind) for key, kind in kinds.items())
+    return Annotated[dict, (words, fits)]
+
+def each(words: str, kind):
+    """The type of an object all of whose values are of a kind."""
+    return Annotated[dict, (words, lambda x: not any(wanted(y, kind) for y in x.values()))]
+
+def even(words: str, kind):
+    """The type of an object of a kind, whose values are lists of one length."""
+    return Annotated[dict, (words, lambda x: not wanted(x, kind) and len({*map(len, x.values())}) == 1)]
+
+NUMBERS = tuple[float, ...]
+TRIPLE = Annotated[list, ("[value, low, high]", lambda x: len(x) == 3 and not wanted(x, NUMBERS))]
+SCORE = {"percent": float, "low": float, "high": float, "n": Count}
+Score = holding("a score", SCORE)
+SCORES = tuple[Score, ...]
+MODULES = even("a number a block for each module", each("", NUMBERS))
+RANKS = even("lists of one length", holding("", {"rank": NUMBERS, "max": NUMBERS, "min": NUMBERS}))
+PAIRS = each("max and min of each pair", holding("", {"max": TRIPLE, "min": TRIPLE}))
+RESULT = {"settings.method": str, "settings.lam": float | None, "after.RS": Score}
+ANALYSIS = {"n": Count, "variation.m": Count, "variation.neurons": Count, "variation.D_pos": TRIPLE,
+            "variation.D_neg": TRIPLE, "by_module.D_pos": MODULES, "by_module.D_neg": MODULES,
+            "variation.curves": even("lists of one length", holding("", {
+                "m": NUMBERS, "D_pos": NUMBERS, "D_neg": NUMBERS})),
+            "attribution": each("rank, max and min of each model", RANKS), "attribution.before": RANKS,
+            "attribution.after": RANKS, "correlation": PAIRS, "checkpoints.before.lens": SCORES,
             "checkpoints.after.lens": SCORES}
-BEYOND = {"n": int, "causal": SCORES}
-CELL = {"seed": int, "lr": float, "n": int, "retrained": int}
+CAUSAL = holding("m, FS and random_FS", {"m": Count, "FS": Score, "random_FS": Score})
+BEYOND = {"n": Count, "causal": tuple[CAUSAL, ...]}
+CELL = {"seed": int, "lr": float, "n": Count, "retrained": int}
 CURVES = {"FS": NUMBERS, "logp": NUMBERS, "margin": NUMBERS}
 
 # ------------------------------------------------------------------------------------------- the runs
