@@ -297,9 +297,9 @@ def edited(path, change):
         save_file(change(value) or value, path, metadata)
 
 
-def line_of_log(kind, **change):
+def line_of_log(of, **change):
     def rewrite(run):
-        lines = [json.dumps(r | change if r["kind"] == kind else r) for r in records(run)]
+        lines = [json.dumps(r | change if r["kind"] == of else r) for r in records(run)]
         (run / "log.jsonl").write_text("\n".join(lines) + "\n")
     return rewrite
 

@@ -8,19 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import load
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "data/results"))
+
+import tables  # noqa: E402
+from model import load  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 PAGES = ["README.md", "data/results/README.md", "data/tiny/README.md"]
 RESULTS = ROOT / "data/results"
 ATTACKS = ("Harmful p = 0.1", "Harmful p = 0.3", "Benign")
-
-
-def rows_of(text):
-    """{first cell: the other cells} of every table row."""
-    lines = (re.split(r" (?<!\\)\| ", line[2:-2]) for line in text.splitlines() if line.startswith("| "))
-    return {first: rest for first, *rest in lines}
 
 
 def wrong_lines(page):
@@ -95,54 +92,42 @@ def test_the_row_is_the_committed_one():
     assert "| ssiuu | " + " | ".join(cell(x) for x in scores + attacks) + " |" in README
 
 
+TABLE = json.loads((RESULTS / "tiny/table.json").read_text())
+
+
+def test_the_table_is_made_of_the_committed_runs():
+    assert tables.summarise(tables.read_runs("tiny")) == TABLE
+
+
 def test_the_small_table_is_the_committed_one():
-    rows = json.loads((RESULTS / "all-tiny/result.json").read_text())["rows"]
-    for name, row in rows.items():
-        if name != "Default":
-            scores = [row["FS"], row["RS"], *(row["attacks"][key] for key in ATTACKS)]
-            assert f"| {name} | " + " | ".join(f"{x['percent']:.1f}" for x in scores) + " |" in README
-            assert [x["n"] for x in scores] == [33, 464, 21, 16, 23]
+    for name, row in TABLE["rows"].items():
+        if name != "default":
+            cells = [tables.shown(row[key], row["FS"]["folds"]) for key in ("RS", *ATTACKS)]
+            assert f"| {name} | {row['FS']['folds']} | " + " | ".join(cells) + " |" in README
 
 
-def test_the_findings_are_the_committed_analyses():
-    """Those of the findings' table in data/results: each run's analysis.json, the sweeps' runs.json."""
-    findings = rows_of((RESULTS / "README.md").read_text())
+def test_the_tables_of_the_results_are_the_committed_ones():
+    """Each table on the page is a part of what `tables.py tiny --print` prints, with some columns."""
+    page, seen = (RESULTS / "README.md").read_text(), 0
+    for lines in re.findall(r"((?:^\|.*\|\n)+)", page, re.M):
+        head = [cell.strip() for cell in lines.splitlines()[0].strip("|").split("|")]
+        if head[0] == "row" or head[0].startswith("minus "):
+            minus = head[0].removeprefix("minus ").removesuffix(", paired") if head[0] != "row" else None
+            assert lines.strip() in tables.show(TABLE, head[2:], minus).split("\n\n"), head
+            seen += 1
+    assert seen > 5
 
-    def triple(x):
-        return "{:.2g} [{:.2g}, {:.2g}]".format(*x)
 
-    def score(x):
-        return f"{x['percent']:.0f} [{x['low']:.0f}, {x['high']:.0f}]"
-
-    def each(text):
-        return ", ".join(f"{name} {text(a)}" for name, a in zip(("GD", "NPO", "SSIUU"), found))
-
-    def D(a):
-        return f"{triple(a['variation']['neuron']['D_neg'])} and {triple(a['variation']['neuron']['D_pos'])}"
-
-    for column, folder in enumerate(("all-tiny", "all-smollm2")):
-        found = [json.loads(next((RESULTS / folder).glob(f"{method} *seed=0/analysis.json")).read_text())
-                 for method in ("gd", "npo", "ssiuu")]
-        for row, number in {
-                "D- and D+ (Fig. 3)": each(D),
-                "Lens after the last block": each(lambda a: score(a["checkpoints"]["after"]["lens"][-1])),
-                "Rho of the minima": each(lambda a: triple(a["correlation"]["after attacked"]["min"])),
-                "Rho of the maxima": each(lambda a: triple(a["correlation"]["after attacked"]["max"])),
-                "Share of D-, Eq. 1": each(lambda a: triple(a["attributions"]["D"]["Eq. 1"]["share"])),
-                "... by ablation": each(lambda a: triple(a["attributions"]["D"]["ablation"]["share"])),
-                "... by integrated gradients": each(
-                    lambda a: triple(a["attributions"]["D"]["integrated"]["share"])),
-                "Membership": each(lambda a: score(a["checkpoints"]["after"]["membership"]["loss"]))}.items():
-            assert number in findings[row][column], (folder, row, number)
-    sweeps = {"lam-tiny": ("gd-5e-05", "lam-0.001", "lam-0.01", "lam-0.1", "lam-1"),
-              "lam-smollm2": ("gd", "lam-0.0001", "lam-0.001", "lam-0.01")}
-    for column, (folder, names) in enumerate(sweeps.items()):
-        found = json.loads((RESULTS / folder / "runs.json").read_text())["rows"]
-        rows = {Path(path).name: row for path, row in found.items()}
-        for row, key, form in (("Harmful p = 0.3 over λ (Fig. 7a)", "Harmful p = 0.3", "{:.1f}"),
-                               ("RS over λ", "RS", "{:.0f}"), ("D- over λ", "D_neg", "{:.2f}")):
-            numbers = [form.format(rows[name][key]) if key in rows[name] else "-" for name in names]
-            assert ", ".join(numbers) in findings[row][column], (folder, row, numbers)
+def test_each_number_of_the_findings_is_in_the_table():
+    """A mean with its interval, like -15.2 [-21.5, -8.9], in the pages' text is some cell of table.json."""
+    cells = [x for row in TABLE["rows"].values() for key, value in row.items()
+             for x in (value.values() if key.startswith("minus ") else [value])] + [*TABLE["rank"].values()]
+    shown = {f"{x[key]:.{digits}f} [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" for x in cells
+             for key in ["mean"] for digits in (0, 1, 2) if x["low"] is not None}
+    for page in (README, (RESULTS / "README.md").read_text()):
+        text = "\n".join(line for line in page.splitlines() if not line.startswith("| "))
+        for number in re.findall(r"-?\d+(?:\.\d+)? \[-?[\d.]+, -?[\d.]+\]", text):
+            assert number in shown, number
 
 
 def test_sizes_that_were_promised():
