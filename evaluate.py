@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -439,7 +439,7 @@ def settings_for(kind: type, given: dict):
     file, script = Path(given.get("model", paths["model"]), "unlearn.json"), Path(inspect.getfile(kind)).name
     sections = read_json(file, default={})
     for key in sections:
-        check(key, Annotated[str, ("the name of a script", lambda x: x.endswith(".py"))], f"{file}: found")
+        check(key, Literal["ssiuu.py", "attack.py", "evaluate.py"], f"{file}: found")
     own = check(sections.get(script, {}), dict, f"{file}: {script} is")
     for key, value in own.items():
         check(value, float | tuple[float, ...], f"{file}: {script} {key} is")

@@ -329,7 +329,7 @@ MEDDLED = {
     "settings null": (lambda run: edited(run / "settings.json", lambda x: x | {"attack": None}),
                       "attack is None"),
     "settings' key": (lambda run: edited(run / "settings.json", lambda x: x | {"made of": {}}), "made of"),
-    "settings' part": (lambda run: edited(run / "settings.json", lambda x: x | {"more": {}}), "more"),
+    "settings' part": (lambda run: edited(run / "settings.json", lambda x: x | {"more": {"lr": 1}}), "more"),
 }
 
 
@@ -355,7 +355,7 @@ def test_what_is_wrong_is_said_before_the_work_and_leaves_nothing(tmp_path, monk
     for own, word in (({"ssiu.py": {"lr": 1}}, "'ssiu.py'"), ({"lr": 1e-3}, "'lr'")):
         prepare(tmp_path, own)
         code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA)
-        refused(code, "unlearn.json", word, "the name of a script")
+        refused(code, "unlearn.json", word, "evaluate.py")
 
 
 PAIR = ["--before", "tiny", "--after", "tiny"]
