@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from data import Example, batches, check_fits, collate, encode, load_alpaca
-from evaluate import Data, Rate, Share, accuracy, answered, cell, hooked, margin, markdown, read_flags
-from evaluate import refuse, run, splits_of, wilson
-from model import LM, Count, Tokenizer, answer_logprob, here, load, located, one_process, save
+from evaluate import Data, Rate, Share, accuracy, answered, cell, check_folder, hooked, margin, markdown
+from evaluate import read_flags, refuse, run, splits_of, wilson
+from model import LM, Count, Tokenizer, answer_logprob, load, located, one_process, save
 
 Rank = Annotated[int, ("a whole number from 0 to 1048576", lambda x: 0 <= x <= 2 ** 20)]
 Bits = Annotated[int, ("a whole number from 2 to 16", lambda x: 2 <= x <= 16)]
@@ -215,8 +215,6 @@ def summary(cells: list[dict]) -> dict:
 
 def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Settings) -> None:
     """Writes the model that the first p, rate and draw end in, for evaluate.py --attacked."""
-    if here()[0] == 0:
-        Path(s.save).mkdir(parents=True)  # what cannot be written ends before the work
     rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
     generator = torch.Generator().manual_seed(s.seed)
     lr, epochs = s.attack_lrs[0], s.attack_epochs
@@ -228,6 +226,7 @@ def main() -> None:
     s, rows = read_flags(Settings, __doc__), []
     if s.save and (s.control or Path(s.save).exists()):
         refuse(f"--save: found {s.save!r}, expected a new folder, and no --control")
+    check_folder("--save", s.save or ".")
     instructions = load_alpaca(s.benign) if s.benign else []
     C_f, _, _ = splits_of(s)
     controls = [located(name) for name in s.control or ()]  # what is not there ends before the work

@@ -456,6 +456,12 @@ def check_device(device: str) -> None:
     if device == "cuda" and here()[1] > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
+def check_folder(flag: str, path: str | Path) -> None:
+    """Refuses, before the work, a folder that could not be made or written to; makes nothing."""
+    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        refuse(f"{flag}: found {str(path)!r}, expected a folder that can be made and written to")
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command: wrong input ends in one line on stderr and status 1, not in a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -509,7 +515,7 @@ def main() -> None:
             refuse(f"--before, --after: found {', '.join(paths)}, expected both")
         if not s.out and not folder.is_dir():
             refuse(f"--out: found nothing, expected a folder, since --after {s.after} is none")
-        folder.mkdir(parents=True, exist_ok=True)
+        check_folder("--out", folder)
         result = analyse(s, paths)
         write_json(folder / "analysis.json", result)
         return print(f"{summary(result)}\n{folder / 'analysis.json'}", flush=True)

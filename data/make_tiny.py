@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from data import Example, collate, encode, load_faithun, mcqa_prompt, split  # noqa: E402
-from evaluate import answered, score  # noqa: E402
+from evaluate import answered, check_folder, refuse, run, score  # noqa: E402
 from model import LM, Tokenizer, answer_logprob, generate, read_config, save  # noqa: E402
 
 SEED, THREADS, REQUIRED = 0, int(os.environ.get("OMP_NUM_THREADS", 2)), 97.0
@@ -126,22 +126,23 @@ def check(model: LM, tokenizer: Tokenizer, facts: list[list[Example]], fold: int
                         "mean_P_base": round(answer_logprob(model, rows).exp().mean().item(), 4)}
     return scores
 
-def main(out: Path, without: int | None) -> None:
+def make(out: Path, without: int | None) -> None:
     if out.exists() and not (out / "made.json").is_file():
-        sys.exit(f"{out}: exists and is not a model that this script made; name another directory")
+        refuse(f"{out}: found something that this script did not make, expected a new folder")
+    check_folder("OUT", out)
     torch.set_num_threads(THREADS)
     start, generator = time.monotonic(), torch.Generator().manual_seed(SEED)
     base, more = (load_faithun(HERE / "faithun.json", part) for part in ("hop1_unlearn", "hop1_test"))
     # hop1_test keeps the facts' order, two each
     facts = [[e, *more[2 * i:2 * i + 2]] for i, e in enumerate(base)]
     assert all(e.answers == wordings[0].answers for wordings in facts for e in wordings)
+    left_out = [] if without is None else split(facts, HERE / "faithun_splits", without)[0]
     # beside OUT, renamed when whole: a killed run leaves OUT as it was
     draft = out.with_name(out.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     write_tokenizer(facts, draft)
     tokenizer, model = Tokenizer(draft), initialise(LM(read_config(draft)), generator)
-    left_out = [] if without is None else split(facts, HERE / "faithun_splits", without)[0]
     loss = train(model, tokenizer, [e for e in facts if e not in left_out], generator)
     scores = check(model, tokenizer, facts, without or 0)
     save(model, tokenizer, draft)
@@ -155,16 +156,20 @@ def main(out: Path, without: int | None) -> None:
     low = [f"{name} {form} {s['percent']} %" for name, forms in scores.items() for form, s in forms.items()
            if isinstance(s, dict) and s["percent"] < REQUIRED and not (left_out and name == "forget")]
     if low:
-        sys.exit(f"below {REQUIRED} %: {', '.join(low)}; the model stays in {draft}")
+        refuse(f"{draft}: found {', '.join(low)}, expected at least {REQUIRED} %: it was not renamed")
     if out.exists():
         shutil.rmtree(out)
     draft.rename(out)
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     parser.add_argument("out", nargs="?", type=Path, default=HERE / "tiny",
                         help="folder of the model (data/tiny)")
     parser.add_argument("--without", type=int, metavar="K", help="leave out the forget set of fold K (none)")
     args = parser.parse_args()
-    main(args.out, args.without)
+    make(args.out, args.without)
+
+if __name__ == "__main__":
+    run(main)

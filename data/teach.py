@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack import retrain  # noqa: E402
 from data import check_fits, encode, load_tofu, mcqa_prompt  # noqa: E402
-from evaluate import Data, Rate, read_flags, refuse, run, splits_of  # noqa: E402
+from evaluate import Data, Rate, check_folder, read_flags, refuse, run, splits_of  # noqa: E402
 from model import Count, load, save  # noqa: E402
 
 @dataclass
@@ -32,7 +32,7 @@ def main() -> None:
     s = read_flags(Settings, __doc__)
     if Path(s.out).exists():
         refuse(f"--out: found {s.out!r}, expected a new folder")
-    Path(s.out).mkdir(parents=True)  # what cannot be written ends before the work
+    check_folder("--out", s.out)
     examples = load_tofu(s.rows) if s.rows else sum(splits_of(s), [])
     model, tokenizer = load(s.model, device=s.device)
     check_fits(model, tokenizer, examples)

@@ -38,7 +38,8 @@ def test_score_counts():
 
 @pytest.mark.parametrize("shares", [(0.5, 0, 0.5), (0.2, 0.6, 0.2), (0.1, 0.3, 0.6)])
 def test_the_interval_holds_the_true_mean_in_95_of_100_outcomes(shares):
-    """All outcomes of 40 items that score 0, 1/2 or 1 with these shares. A tenth narrower, it holds 92 % of the first."""
+    """All outcomes of 40 items that score 0, 1/2 or 1 with these shares. A tenth narrower, it holds 92 % of
+    the first."""
     mean, held = 100 * (shares[1] / 2 + shares[2]), 0.0
     for zeros in range(41):
         for halves in range(41 - zeros):
@@ -105,12 +106,14 @@ def test_flags_take_the_models_own_values_unless_given(tmp_path, capsys):
 
 def test_a_flag_is_text_where_its_type_takes_text(monkeypatch):
     monkeypatch.chdir(ROOT)
-    s = evaluate.read_flags(attack.Settings, "doc", ["--control", "5", "a", "--p", "0.5", "1", "--attack-draws", "2"])
+    flags = ["--control", "5", "a", "--p", "0.5", "1", "--attack-draws", "2"]
+    s = evaluate.read_flags(attack.Settings, "doc", flags)
     assert s.control == ("5", "a") and s.p == (0.5, 1.0) and s.attack_draws == 2 and s.bits is None
     for flags, words in ((["--p", "0.1", "x"], "--p: found 'x', expected a number above 0, at most 1"),
                          (["--bits", "8", "1"], "--bits: found 1, expected a whole number from 2 to 16"),
                          (["--attack-draws", "1.5"], "--attack-draws: found 1.5, expected a whole number"),
-                         (["--seed", "1e400"], "--seed: found inf"), (["--bits"], "--bits: expected at least one")):
+                         (["--seed", "1e400"], "--seed: found inf"),
+                         (["--bits"], "--bits: expected at least one")):
         with pytest.raises(ValueError, match=f"^{words}"):
             evaluate.read_flags(attack.Settings, "doc", flags)
 
@@ -119,7 +122,8 @@ def test_help_shows_defaults_as_they_are_typed(capsys):
     with pytest.raises(SystemExit):
         evaluate.read_flags(attack.Settings, "doc", ["--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "(6.2.2, D.2) (1e-05 5e-06 1e-06)" in out and "retrain on (6.2.2) (0.1 0.3)" in out and "((" not in out
+    assert "(6.2.2, D.2) (1e-05 5e-06 1e-06)" in out and "retrain on (6.2.2) (0.1 0.3)" in out
+    assert "((" not in out
 
 
 def test_at_most_36_flags_each_declared_once():

@@ -34,7 +34,8 @@ class Literal:
         self.rows, self.rows_r = rows_of(C_f), rows_of(C_r)[:]
         self.refusals = [encode(Letters(), e.question, REFUSAL) for e in C_f]
         with torch.no_grad():
-            self.ref, self.ref_w = (answer_logprob(original, collate(rows, DEVICE)) for rows in (self.rows, self.refusals))
+            self.ref, self.ref_w = (answer_logprob(original, collate(rows, DEVICE))
+                                    for rows in (self.rows, self.refusals))
 
     def backbone(self, model, logp):
         kind = self.s.backbone if self.s.method == "ssiuu" else self.s.method

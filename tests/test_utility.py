@@ -13,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 
 import evaluate
 from data import Example, load_utility
-from evaluate import (chosen, mismatched_tau, option_scores, recalls, rouge_l_recall, score, solved, utility, wilson)
+from evaluate import (chosen, mismatched_tau, option_scores, recalls, rouge_l_recall, score, solved, utility,
+                      wilson)
 from model import answer_logprob, generate, load
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +67,7 @@ def test_mismatched_tau_never_takes_the_own_answer():
 
 
 def test_the_interval_of_us_is_wide_enough_where_samples_differ(monkeypatch):
-    """Two tasks at 50 %, of 8 and of 40 items: the 95 % interval holds 50 in at least 95 % of all outcomes."""
+    """Tasks at 50 %, of 8 and of 40 items: the 95 % interval holds 50 in at least 95 % of all outcomes."""
     tasks, held = {name: [Example("Q", ["a"], ["b"])] * n for name, n in (("arc", 8), ("mmlu", 40))}, 0.0
     for right in itertools.product(range(9), range(41)):
         hits = iter([[i < k for i in range(n)] for k, n in zip(right, (8, 40))])

@@ -23,9 +23,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Batch, Example, check_fits, collate, encode, load_faithun, load_tofu  # noqa: E402
-from evaluate import (MODULES, Data, accuracy, correlation, distractors, hiding, hooked,  # noqa: E402
-                      influence, influence_variation, margin, neuron_attribution, read_flags, refuse, run,
-                      splits_of, wilson)
+from evaluate import (MODULES, Data, accuracy, check_folder, correlation, distractors, hiding,  # noqa: E402
+                      hooked, influence, influence_variation, margin, neuron_attribution, read_flags,
+                      refuse, run, splits_of, wilson)
 from model import LM, Count, Tokenizer, answer_logprob, load, vocabulary_logprob, write_json  # noqa: E402
 
 # ------------------------------------------------------------------------------- does it move elsewhere?
@@ -306,7 +306,7 @@ def main() -> None:
     C_f, unseen = facts(s)
     check_settings(s, C_f, unseen)
     folder = Path(s.out or s.after)
-    folder.mkdir(parents=True, exist_ok=True)  # not after hours of work
+    check_folder("--out", folder)
     result = analyse(s, C_f, unseen)
     write_json(folder / "beyond.json", result)
     print(f"{summary(result)}\n{folder / 'beyond.json'}")

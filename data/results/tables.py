@@ -99,7 +99,8 @@ def kept_run(file: Path) -> dict:
     for side in (after, result.get("before", {})):
         for name in ("FS", "RS", "retain"):
             check(side.get(name, {"percent": 0.0}).get("percent"), float, f"{file}: percent of {name} is")
-    for key, kind in {"commit": str | None, "flags": dict, "attacks": dict | None, "analysis": dict | None}.items():
+    kinds = {"commit": str | None, "flags": dict, "attacks": dict | None, "analysis": dict | None}
+    for key, kind in kinds.items():
         check(result.get(key), kind, f"{file}: {key} is")
     return result
 
