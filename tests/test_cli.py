@@ -147,7 +147,7 @@ def test_default_paths_are_found_from_another_folder(tmp_path, monkeypatch):
     a = settings_for(attack.Settings, {f.name: getattr(s, f.name) for f in fields(evaluate.Data)})
     assert Path(s.model).samefile(ROOT / "data/tiny")
     assert Path(a.benign).samefile(ROOT / "data/instructions.json")
-    assert (s.lr, s.lam, a.benign_rows, s.forget) == (5e-5, 0.1, 200, a.forget)
+    assert (s.lr, s.lam, a.benign_rows, s.forget) == (5e-5, 0.3, 200, a.forget)
     assert [len(C) for C in evaluate.splits_of(s)] == [len(C) for C in evaluate.splits_of(
         evaluate.Data(forget=str(ROOT / "data/faithun.json")))]
 
