@@ -41,6 +41,7 @@ TINY = {
     "gd slowed": "--method gd --lr 1.2e-5",
     "ssiuu initial 0.03 positive": f"{INITIAL} --penalise positive",
     "ssiuu initial 0.03 over npo": f"{INITIAL} --backbone npo --beta 0.3",
+    "ssiuu initial 0.03 positive over npo": f"{INITIAL} --penalise positive --backbone npo --beta 0.3",
     "l2 initial 3": f"{L2} --lam 3",
     "ssiuu previous 0.1": "--lam 0.1",
     "ssiuu initial 0.03 all": f"{INITIAL} --penalise all",
