@@ -3,6 +3,7 @@ import fcntl
 import importlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -156,13 +157,15 @@ def test_default_paths_are_found_from_another_folder(tmp_path, monkeypatch):
 
 
 def killed(folder, name, kind, n):
-    """Resumes a run, ends it with SIGKILL once its log has n records of this kind, and leaves a cut one."""
+    """Resumes a run, ends it with SIGKILL at a random moment after its log has n records of this kind, and
+    leaves a cut one."""
     log = folder / f"runs/{name}/log.jsonl"
     process = subprocess.Popen([sys.executable, str(ROOT / "ssiuu.py"), "--resume", f"runs/{name}"],
                                cwd=folder, stdout=subprocess.DEVNULL,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     while process.poll() is None and not (log.is_file() and log.read_text().count(f'"kind": "{kind}"') >= n):
         time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.05))  # in a step, in a cell, or while one is written
     process.kill()
     assert process.wait() == -9
     with open(log, "a") as file:

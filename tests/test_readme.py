@@ -100,10 +100,15 @@ def test_the_table_is_made_of_the_committed_runs():
 
 
 def test_the_small_table_is_the_committed_one():
-    for name, row in TABLE["rows"].items():
-        if name != "default":
-            cells = [tables.shown(row[key], row["FS"]["folds"]) for key in ("RS", *ATTACKS)]
-            assert f"| {name} | {row['FS']['folds']} | " + " | ".join(cells) + " |" in README
+    seen = set()
+    for line in README.splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if name in TABLE["rows"] and cells[0].isdecimal():
+            row = TABLE["rows"][name]
+            shown = [tables.shown(row[key], row["FS"]["folds"]) for key in ("RS", *ATTACKS)]
+            assert cells == [str(row["FS"]["folds"]), *shown], name
+            seen.add(name)
+    assert seen >= {"never taught", "gd", "npo", "ssiuu previous 0.3", "ssiuu initial 0.03"}
 
 
 def test_the_tables_of_the_results_are_the_committed_ones():

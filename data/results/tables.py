@@ -223,7 +223,8 @@ def summarise(runs: dict[str, dict[int, dict]]) -> dict:
     for row, folds in values.items():
         names = dict.fromkeys(name for columns in folds.values() for name in columns)
         rows[row] = {name: interval([x[name] for x in folds.values() if name in x]) for name in names}
-        for other in ("gd", "gd slowed", "npo", "ssiuu initial 0.03", "never taught"):
+        for other in ("gd", "gd slowed", "npo", "ssiuu initial 0.03", "ssiuu initial 0.03 over npo",
+                      "never taught"):
             if row not in ("default", other) and other in values:
                 rows[row][f"minus {other}"] = paired(folds, values[other])
     return {"rows": rows, "rank": ranking(values),
