@@ -147,7 +147,7 @@ class Settings(Scored):
     tau: Amount | None = None             # stop at FS <= tau (6.1); 0.33, TOFU: computed (C.1: 0.1971)
     batch_size: Count | None = None       # b and b'; unpublished; all of C_f: Alg. 1 l.12 and Eq. 3 agree
     micro_batch: Count | None = None      # sequences in one graph: less memory, the same result; not for RMU
-    per_example: bool = False             # square A per (x, y) as Eq. 6, not its sum over b as Alg. 1 l.11
+    per_example: bool = False             # square A per (x, y) as Eq. 6, not summed over b; an A_prev an item
     anchor: Literal["previous", "initial"] = "previous"  # A_prev: last step (Eq. 3) or first (Section 1)
     target: Literal["prob", "logprob", "weights"] = "prob"  # P (Eq. 12); log P does not vanish; weights: L2
     scope: Literal["all", "linear"] = "all"  # penalised: every parameter (Eq. 12), or q k v o gate up down

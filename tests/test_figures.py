@@ -190,6 +190,8 @@ def test_recovery_names_every_point_without_overlap(tmp_path, command):
     points = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_markersize() == 7]
     assert points == [[row["RS"]["mean"], row["Harmful p = 0.3"]["mean"]] for row in list(rows.values())[:-1]]
     assert "10 forget sets" in ax.get_xlabel()
+    with pytest.raises(ValueError, match="--rows: found 'nowhere'"):
+        command("--table", tmp_path / "table.json", "--rows", "nowhere", "--out", tmp_path)
 
 
 def test_one_forget_set_has_a_point_without_interval(tmp_path):

@@ -484,6 +484,7 @@ def read_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run")
     parser.add_argument("--table", help="table.json of runs over forget sets, for recovery.png")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="draw these rows of --table (all)")
     parser.add_argument("--out", default="runs/figures", help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--traceback", action="store_true", help="show where an unforeseen error came from")
     parser.error = refuse
@@ -498,7 +499,11 @@ def main() -> None:
         raise ValueError("matplotlib is not installed, expected for figures: pip install matplotlib")
     runs, figures = read_runs(flags.runs), {}
     if flags.table:
-        figures["recovery"] = figure_recovery(read_table(Path(flags.table)))
+        rows = read_table(Path(flags.table))
+        for name in flags.rows or ():
+            if name not in rows:
+                refuse(f"--rows: found {name!r}, expected some of {', '.join(map(repr, rows))}")
+        figures["recovery"] = figure_recovery({name: rows[name] for name in flags.rows or rows})
     if runs:
         figures |= {"figure2": figure_2(runs), "figure3": figure_3(runs), "figure4": figure_4(runs),
                     "figure5": figure_5(runs), "figure6": figure_6(runs), "figure7": figure_7(runs),
