@@ -2,102 +2,64 @@
 
     python attack.py --model runs/ssiuu-tiny --control data/tiny
 
-Dimensions: B sequences, K tokens, r the rank of LoRA.
+Dimensions: B sequences, K tokens.
 """
 import json
 import random
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from torch import nn
 
 from data import Example, batches, check_fits, collate, encode, load_alpaca
-from evaluate import Data, Rate, Share, accuracy, answered, cell, check_folder, hooked, margin, markdown
+from evaluate import Data, Rate, Share, accuracy, answered, cell, check_folder, margin, markdown
 from evaluate import read_flags, refuse, run, splits_of, wilson
-from model import LM, Count, Tokenizer, answer_logprob, load, located, one_process, save
-
-Rank = Annotated[int, ("a whole number from 0 to 1048576", lambda x: 0 <= x <= 2 ** 20)]
-Bits = Annotated[int, ("a whole number from 2 to 16", lambda x: 2 <= x <= 16)]
+from model import LM, Count, Tokenizer, answer_logprob, load, located, save
 
 @dataclass
-class Settings(Data):
-    control: tuple[str, ...] | None = None  # attack these on the same items: the original, one never taught
+class Harmful(Data):
     p: tuple[Share, ...] = (0.1, 0.3)     # fractions of the pool to retrain on (6.2.2)
     attack_lrs: tuple[Rate, ...] = (1e-5, 5e-6, 1e-6)  # learning rates of the harmful attack (6.2.2, D.2)
     attack_epochs: Count = 10             # of the harmful attack; unpublished
     attack_batch: Count = 4               # of both attacks; unpublished
     attack_draws: Count = 3               # draws of the retrained rows (6.2.2: three runs)
-    attack_rank: Rank = 0                 # LoRA's r, not in the paper; 0: every weight is retrained
+
+@dataclass
+class Settings(Harmful):
+    control: tuple[str, ...] | None = None  # attack these on the same items: the original, one never taught
     benign: str | None = "data/instructions.json"  # Alpaca file of the benign attack (6.2.2); "": none
     benign_lrs: tuple[Rate, ...] = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2, D.2)
     benign_rows: Count = 1000             # rows a draw, one pass (6.2.2; the passes are unpublished)
     benign_points: Count = 5              # scores in a pass; unpublished
-    bits: tuple[Bits, ...] | None = None  # attack by rounding the weights to so many bits; not in the paper
     save: str | None = None               # only write the model that the first p, rate and draw end in here
 
-def projections(model: LM) -> list[nn.Linear]:
-    """Every linear layer of the blocks: q, k, v, o, gate, up, down."""
-    one_process("LoRA, rounding (--attack-rank, --bits)")
-    return [layer for name, layer in model.named_modules() if name.endswith("_proj")]
-
-@contextmanager
-def lora(model: LM, rank: int, generator: torch.Generator) -> Iterator[list[nn.Parameter]]:
-    """Inside, a block weight W (out, in) acts as W + alpha/r B A; B and A, yielded, learn alone (Hu et al.
-    2022). B (out, r) starts at 0, A (r, in) Gaussian / sqrt(in), alpha = 2 r. At the end 2 B A stays in W."""
-    learning, factors = [w for w in model.parameters() if w.requires_grad], {}
-    for layer in projections(model):
-        W = layer.weight
-        A = torch.randn(rank, W.shape[1], generator=generator) / W.shape[1] ** 0.5
-        factors[layer] = nn.Parameter(W.new_zeros(len(W), rank)), nn.Parameter(A.to(W))
-    try:
-        model.requires_grad_(False)
-        with hooked(factors, lambda layer, x, y: y + 2 * (x[0] @ factors[layer][1].T @ factors[layer][0].T)):
-            yield [w for pair in factors.values() for w in pair]
-    finally:
-        for layer, (B, A) in factors.items():
-            layer.weight.data.add_((B @ A).data, alpha=2)
-        for w in learning:
-            w.requires_grad_(True)
-
 def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator: torch.Generator,
-            rank: int = 0, points: int = 1) -> Iterator[float]:
-    """Fine-tunes every weight, or LoRA of a rank > 0, on encoded (x, y) pairs, loss -mean log P(y|x), AdamW.
+            points: int = 1, weights: Iterable[nn.Parameter] | None = None) -> Iterator[float]:
+    """Fine-tunes `weights`, all if none are given, on encoded (x, y) pairs, loss -mean log P(y|x), AdamW.
     Yields the mean loss since the last time, `points` times an epoch at regular batches, at most once each.
     A batch holds rows of like length, which wastes little on padding; their order is new each epoch."""
-    with lora(model, rank, generator) if rank else nullcontext(list(model.parameters())) as weights:
-        optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
-        rows = sorted(rows, key=lambda row: len(row[0]))
-        parts = [collate(rows[i:i + size], model.device) for i in range(0, len(rows), size)]
-        order, losses = batches(len(parts), 1, generator), []
-        ends = {len(parts) * (i + 1) // points for i in range(points)}
-        for done in [i for _ in range(epochs) for i in range(1, len(parts) + 1)]:
-            batch = parts[next(order)[0]]
-            loss = -answer_logprob(model, batch).mean()
-            if not loss.isfinite():
-                raise FloatingPointError(f"retraining at {lr:g}: loss is {loss.item()}, expected a number")
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if done in ends:
-                yield statistics.mean(losses)
-                losses = []
-
-@torch.no_grad()
-def quantise(model: LM, bits: int) -> None:
-    """Rounds each weight of the blocks to integers of so many bits and back, in place and in its own type: to
-    nearest on a symmetric absmax grid per output row, no calibration. The row-wise half of LLM.int8()
-    (Dettmers et al. 2022), and the baseline of GPTQ (Frantar et al. 2023)."""
-    top = 2 ** (bits - 1) - 1
-    for w in (layer.weight for layer in projections(model)):
-        scale = (w.abs().amax(1, keepdim=True) / top).clamp(min=torch.finfo(w.dtype).tiny)  # a row of zeros
-        w.copy_((w / scale).round().clamp(-top, top) * scale)
+    optimizer = torch.optim.AdamW(weights or model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    parts = [collate(rows[i:i + size], model.device) for i in range(0, len(rows), size)]
+    order, losses = batches(len(parts), 1, generator), []
+    ends = {len(parts) * (i + 1) // points for i in range(points)}
+    for done in [i for _ in range(epochs) for i in range(1, len(parts) + 1)]:
+        batch = parts[next(order)[0]]
+        loss = -answer_logprob(model, batch).mean()
+        if not loss.isfinite():
+            raise FloatingPointError(f"retraining at {lr:g}: loss is {loss.item()}, expected a number")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if done in ends:
+            yield statistics.mean(losses)
+            losses = []
 
 def falsely_answered(model: LM, tokenizer: Tokenizer, C_f: list[Example], eval_size: int = 64) -> list:
     """The attack pool (6.2.2): what the unlearned model answers falsely, so no chance hits; all of TOFU."""
@@ -120,7 +82,7 @@ def attacked(model: LM, tokenizer: Tokenizer, key: dict, changes: Iterator, scor
     start = [w.detach().to("cpu", copy=True) for w in model.parameters()]
     curve = [measure()]
     try:
-        with closing(changes):  # before the weights go back: LoRA ends by adding to them
+        with closing(changes):  # before the weights go back: an attack may end by adding to them
             for _ in changes:
                 curve.append(measure())
     except FloatingPointError as e:
@@ -137,21 +99,20 @@ def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: 
     return ([encode(tokenizer, pool[i].question, pool[i].answers[0]) for i in sorted(chosen)],
             [e for i, e in enumerate(pool) if i not in chosen])
 
-def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: float, s: Settings,
-                   known: Iterable[dict] = ()) -> Iterator[dict]:
+def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: float, s: Harmful,
+                   known: Iterable[dict] = (), how: Callable = retrain) -> Iterator[dict]:
     """Retrain on a fraction p of the pool, score FS on the disjoint rest after each epoch (6.2.2 (1)). The
     pool is the unlearned model's (`falsely_answered`), also where a control is attacked. Yields a cell per
-    draw and rate, each from the same weights: {kind, p, seed, lr, rank, n, retrained, FS, logp, margin}, the
-    last three lists over epochs; none where nothing is left to score."""
+    draw and rate, each from the same weights: {kind, p, seed, lr, n, retrained, FS, logp, margin}, the last
+    three lists over epochs; none where nothing is left to score. `how`: in what way it is retrained."""
     for draw in range(s.attack_draws):
         rows, rest = drawn(tokenizer, pool, p, draw, s.seed)
         if not rest:
             return
         for lr in s.attack_lrs:
-            key = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "rank": s.attack_rank, "n": len(rest),
-                   "retrained": len(rows)}
+            key = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "n": len(rest), "retrained": len(rows)}
             generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
-            changes = retrain(model, rows, lr, s.attack_epochs, s.attack_batch, generator, s.attack_rank)
+            changes = how(model, rows, lr, s.attack_epochs, s.attack_batch, generator)
             yield attacked(model, tokenizer, key, changes, rest, s.eval_batch, known)
 
 def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: list[Example], s: Settings,
@@ -162,20 +123,10 @@ def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: li
         chosen = random.Random(f"{s.seed} {draw} benign").sample(rows, min(s.benign_rows, len(rows)))
         encoded = [encode(tokenizer, e.question, e.answers[0]) for e in chosen]
         for lr in s.benign_lrs:
-            key = {"kind": "benign", "seed": draw, "lr": lr, "rank": s.attack_rank, "n": len(pool),
-                   "retrained": len(chosen)}
+            key = {"kind": "benign", "seed": draw, "lr": lr, "n": len(pool), "retrained": len(chosen)}
             generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
-            changes = retrain(model, encoded, lr, 1, s.attack_batch, generator, s.attack_rank,
-                              s.benign_points)
+            changes = retrain(model, encoded, lr, 1, s.attack_batch, generator, s.benign_points)
             yield attacked(model, tokenizer, key, changes, pool, s.eval_batch, known)
-
-def quantisation_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], bits: int, s: Settings,
-                        known: Iterable[dict] = ()) -> Iterator[dict]:
-    """One cell, curves [before, after] `quantise`; seed, lr and retrained are 0. Zhang et al. 2025 (ICLR)."""
-    key = {"kind": "quantise", "bits": bits, "seed": 0, "lr": 0.0, "n": len(pool), "retrained": 0}
-    if pool:
-        changes = (quantise(model, bits) for _ in range(1))
-        yield attacked(model, tokenizer, key, changes, pool, s.eval_batch, known)
 
 def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: list[Example], s: Settings,
             report: Callable[[str, dict], None], known: Iterable[dict] = ()) -> dict[str, dict]:
@@ -183,8 +134,6 @@ def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: 
     columns = {f"Harmful p = {p:g}": harmful_attack(model, tokenizer, pool, p, s, known) for p in s.p}
     if instructions:
         columns["Benign"] = benign_attack(model, tokenizer, pool, instructions, s, known)
-    for bits in s.bits or ():
-        columns[f"int{bits}"] = quantisation_attack(model, tokenizer, pool, bits, s, known)
     found = {}
     for label, cells in columns.items():
         done = []
@@ -217,8 +166,7 @@ def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Setti
     """Writes the model that the first p, rate and draw end in, for evaluate.py --attacked."""
     rows, _ = drawn(tokenizer, pool, s.p[0], 0, s.seed)
     generator = torch.Generator().manual_seed(s.seed)
-    lr, epochs = s.attack_lrs[0], s.attack_epochs
-    for loss in retrain(model, rows, lr, epochs, s.attack_batch, generator, s.attack_rank):
+    for loss in retrain(model, rows, s.attack_lrs[0], s.attack_epochs, s.attack_batch, generator):
         print(f"{s.model}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
     save(model, tokenizer, s.save)
 
@@ -237,8 +185,8 @@ def main() -> None:
         refuse(f"{s.model}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
     if s.save:
         return save_attacked(model, tokenizer, pool, s)
-    for name in (s.model, *map(str, controls)):
-        if name != s.model:
+    for i, name in enumerate((s.model, *map(str, controls))):
+        if i:
             model, tokenizer = load(name, device=s.device)
         found = attacks(model, tokenizer, pool, instructions, s,
                         lambda _, c: print(json.dumps({"model": name, **c}), flush=True))

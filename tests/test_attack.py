@@ -2,13 +2,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import attack
-from attack import (attacks, benign_attack, falsely_answered, harmful_attack, projections,
-                    quantisation_attack, quantise, retrain, summary)
+from attack import attacks, benign_attack, falsely_answered, harmful_attack, retrain, summary
 from data import Example, collate, encode, load_alpaca, load_faithun, split
 from evaluate import accuracy, wilson
 from model import answer_logprob, load
@@ -32,7 +30,6 @@ def tiny(loaded):
     for w, w_before in zip(model.parameters(), before):
         w.data.copy_(w_before)
     assert same and all(w.requires_grad and w.grad is None for w in model.parameters())
-    assert not any(layer._forward_hooks for layer in projections(model))
 
 
 @pytest.fixture
@@ -71,7 +68,7 @@ def put_back(model, before):
 # ------------------------------------------------------------------------------------------------ retraining
 
 
-def test_rank_0_is_plain_adamw_on_every_weight(tiny):
+def test_retraining_is_plain_adamw_on_every_weight(tiny):
     model, tokenizer, C_f = tiny
     data, before = encoded(tokenizer, hidden(C_f[:6])), copies(model)
     losses = list(retrain(model, data, 1e-3, 2, 4, torch.Generator().manual_seed(5)))
@@ -95,42 +92,6 @@ def test_rank_0_is_plain_adamw_on_every_weight(tiny):
     assert same and losses == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_lora_adds_a_matrix_of_its_rank_to_block_weights_alone(tiny, steps):
-    """Also where the caller stops early; through the hooks the model is what it is when merged."""
-    model, tokenizer, C_f = tiny
-    data, before = encoded(tokenizer, hidden(C_f[:6])), copies(model)
-    model.model.norm.weight.requires_grad_(False)  # a weight that was frozen before stays frozen
-    run = retrain(model, data, 1e-2, 2, 4, torch.Generator().manual_seed(0), rank=3)
-    for _ in range(steps):
-        next(run)
-    with torch.no_grad():
-        hooked = model(torch.tensor([data[0][0]]))
-        run.close()
-        merged, after = model(torch.tensor([data[0][0]])), copies(model)
-    frozen = [name for name, w in model.named_parameters() if not w.requires_grad]
-    model.requires_grad_(True)
-    put_back(model, before)
-    assert torch.allclose(hooked, merged, atol=1e-3) and frozen == ["model.norm.weight"]
-    for name in before:
-        change = (after[name] - before[name]).double()
-        if "_proj" in name:
-            values = torch.linalg.svdvals(change)
-            assert values[2] > 0 and values[3] < 1e-4 * values[0], name
-        else:
-            assert not change.any(), name
-
-
-def test_lora_starts_where_the_model_is_and_learns(tiny):
-    model, tokenizer, C_f = tiny
-    data, before = encoded(tokenizer, hidden(C_f[:4])), copies(model)
-    with torch.no_grad():
-        start = -answer_logprob(model, collate(data)).mean().item()
-    losses = list(retrain(model, data, 1e-2, 8, 4, torch.Generator().manual_seed(0), rank=8))
-    put_back(model, before)
-    assert losses[0] == pytest.approx(start, rel=1e-5) and losses[-1] < 0.5 * start
-
-
 @pytest.mark.parametrize("points, wanted", [
     (1, [7]), (3, [2, 4, 7]), (7, [*range(1, 8)]), (20, [*range(1, 8)])])
 def test_points_are_regular_and_average_what_lies_between(tiny, rows, points, wanted, monkeypatch):
@@ -143,7 +104,7 @@ def test_points_are_regular_and_average_what_lies_between(tiny, rows, points, wa
 
     monkeypatch.setattr(attack, "answer_logprob", counted)
     ends, before = [0], copies(model)
-    for mean in retrain(model, encoded(tokenizer, rows), 1e-4, 1, 1, torch.Generator(), 0, points):
+    for mean in retrain(model, encoded(tokenizer, rows), 1e-4, 1, 1, torch.Generator(), points):
         assert mean == pytest.approx(-torch.cat(losses[ends[-1]:]).mean().item())
         ends.append(len(losses))
     put_back(model, before)
@@ -156,12 +117,11 @@ def test_points_are_regular_and_average_what_lies_between(tiny, rows, points, wa
 @pytest.fixture
 def seen(monkeypatch):
     """What each attack retrained on and scored, while it still runs."""
-    calls = {"retrained": [], "rank": [], "scored": []}
+    calls = {"retrained": [], "scored": []}
 
-    def retrain_noted(model, rows, lr, epochs, size, generator, rank, points=1):
+    def retrain_noted(model, rows, *args):
         calls["retrained"].append(rows)
-        calls["rank"].append(rank)
-        return retrain(model, rows, lr, epochs, size, generator, rank, points)
+        return retrain(model, rows, *args)
 
     def scored_noted(model, tokenizer, examples, *args):
         calls["scored"].append(examples)
@@ -182,15 +142,13 @@ def test_the_pool_is_what_is_answered_falsely_and_all_of_tofu(tiny):
     assert accuracy(model, tokenizer, C_f[:4])["percent"] == 100
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_harmful_attack_scores_what_it_did_not_retrain_on(tiny, seen, rank):
+def test_harmful_attack_scores_what_it_did_not_retrain_on(tiny, seen):
     model, tokenizer, C_f = tiny
     pool = hidden(C_f[:8])
-    cells = list(harmful_attack(model, tokenizer, pool, 0.3, wants(attack_lrs=(1e-3, 1e-4), attack_draws=2,
-                                                                    attack_epochs=2, attack_rank=rank)))
+    s = wants(attack_lrs=(1e-3, 1e-4), attack_draws=2, attack_epochs=2)
+    cells = list(harmful_attack(model, tokenizer, pool, 0.3, s, how=attack.retrain))
     assert [(c["seed"], c["lr"]) for c in cells] == [(0, 1e-3), (0, 1e-4), (1, 1e-3), (1, 1e-4)]
-    assert all(c["n"] == 6 and c["retrained"] == 2 and c["rank"] == rank for c in cells)
-    assert seen["rank"] == [rank] * 4
+    assert all(c["n"] == 6 and c["retrained"] == 2 for c in cells)
     assert all(len(c["FS"]) == len(c["margin"]) == len(c["logp"]) == 3 and c["FS"][0] == 0 for c in cells)
     assert seen["retrained"][0] == seen["retrained"][1] != seen["retrained"][2]
     for i, scored in enumerate(seen["scored"]):
@@ -233,8 +191,8 @@ def test_known_cells_are_not_run_again(tiny, rows, seen):
     model, tokenizer, C_f = tiny
     pool = hidden(C_f[:4])
 
-    def both(known=(), rank=0):
-        s = wants(attack_lrs=(1e-3, 1e-4), benign_lrs=(1e-3, 1e-4), attack_rank=rank)
+    def both(known=(), **other):
+        s = wants(attack_lrs=(1e-3, 1e-4), benign_lrs=(1e-3, 1e-4), **other)
         return [*harmful_attack(model, tokenizer, pool, 0.5, s, known),
                 *benign_attack(model, tokenizer, pool, rows, s, known)]
 
@@ -243,7 +201,7 @@ def test_known_cells_are_not_run_again(tiny, rows, seen):
     seen["scored"].clear()
     assert both(known=known) == known and not seen["scored"]
     assert both(known=known[1:3]) == [fresh[0], *known[1:3], fresh[3]] and len(seen["scored"]) == 4
-    assert both(known=known, rank=1)[0] not in known and seen["rank"][-4:] == [1] * 4
+    assert both(known=known, benign_rows=2)[2] not in known
 
 
 def test_weights_come_back_after_an_error_and_an_early_end(tiny, rows, monkeypatch):
@@ -259,11 +217,9 @@ def test_weights_come_back_after_an_error_and_an_early_end(tiny, rows, monkeypat
         return {"percent": 0.0}
 
     monkeypatch.setattr(attack, "accuracy", fails_late)
-    for rank in (0, 2):
-        calls.clear()
-        with pytest.raises(OSError, match="stop"):
-            s = wants(benign_lrs=(1e-2,), benign_points=2, attack_rank=rank)
-            list(benign_attack(model, tokenizer, hidden(C_f[:4]), rows, s))
+    with pytest.raises(OSError, match="stop"):
+        s = wants(benign_lrs=(1e-2,), benign_points=2)
+        list(benign_attack(model, tokenizer, hidden(C_f[:4]), rows, s))
 
 
 def test_nothing_to_score_is_said(tiny, rows):
@@ -271,17 +227,16 @@ def test_nothing_to_score_is_said(tiny, rows):
     for pool in ([], hidden(C_f[:1])):
         assert not list(harmful_attack(model, tokenizer, pool, 0.1, wants()))
     reports = []
-    found = attacks(model, tokenizer, [], rows, wants(bits=(8,)), lambda *x: reports.append(x))
-    assert list(found) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign", "int8"] and not reports
+    found = attacks(model, tokenizer, [], rows, wants(), lambda *x: reports.append(x))
+    assert list(found) == ["Harmful p = 0.1", "Harmful p = 0.3", "Benign"] and not reports
     assert all(x.keys() == {"why"} and "answered falsely" in x["why"] for x in found.values())
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_rate_that_diverges_costs_its_own_cell(tiny, rank):
+def test_a_rate_that_diverges_costs_its_own_cell(tiny):
     """At 0.9 the second step's loss is no number; the other rate's cell is what it is alone."""
     model, tokenizer, C_f = tiny
     pool, reports = hidden(C_f[:6]), []
-    s = wants(p=(0.5,), attack_lrs=(1e30, 1e-4), attack_epochs=3, attack_rank=rank)
+    s = wants(p=(0.5,), attack_lrs=(1e30, 1e-4), attack_epochs=3)
     found = attacks(model, tokenizer, pool, [], s, lambda *x: reports.append(x))
     failed, good = (c for _, c in reports)
     assert "retraining at 1e+30" in failed["failed"] and "FS" not in failed and failed["lr"] == 1e30
@@ -290,40 +245,6 @@ def test_a_rate_that_diverges_costs_its_own_cell(tiny, rank):
     alone = summary([good])
     assert found["Harmful p = 0.5"] == {**alone, "diverged": 1} and alone["diverged"] == 0
     assert summary([failed]) == {"why": failed["failed"]} == summary([failed, {**good, "seed": 1}])
-
-
-# ---------------------------------------------------------------------------------------------- quantisation
-
-
-def test_quantise_by_numpy(tiny):
-    model, before, error = tiny[0], copies(tiny[0]), {}
-    model.model.layers[0].mlp.up_proj.weight.data[3] = 0  # a row of zeros must not become NaN
-    start = copies(model)
-    for bits in (8, 4):
-        quantise(model, bits)
-        found = copies(model)
-        put_back(model, start)
-        for name, w in start.items():
-            if "_proj" not in name:
-                assert torch.equal(found[name], w), name
-                continue
-            W, top = w.numpy().astype(np.float64), 2 ** (bits - 1) - 1
-            step = np.abs(W).max(1, keepdims=True) / top
-            levels = np.divide(found[name].numpy(), step, out=np.zeros_like(W), where=step > 0)
-            assert np.abs(levels - levels.round()).max() < 1e-4 and np.abs(levels).max() <= top + 1e-4, name
-            assert (np.abs(found[name].numpy() - W) <= step / 2 * (1 + 1e-4)).all(), name  # the nearest level
-            error[bits] = error.get(bits, 0) + np.square(found[name].numpy() - W).sum()
-    put_back(model, before)
-    assert 0 < 100 * error[8] < error[4]
-
-
-def test_quantisation_attack_has_a_cell_for_each_number_of_bits(tiny):
-    model, tokenizer, C_f = tiny
-    wide, narrow = (next(quantisation_attack(model, tokenizer, C_f[:6], bits, wants())) for bits in (8, 2))
-    assert (wide["kind"], wide["bits"], wide["n"], narrow["bits"]) == ("quantise", 8, 6, 2)
-    assert wide["FS"][0] == narrow["FS"][0] == 100 and wide["logp"][0] == narrow["logp"][0]
-    assert abs(wide["logp"][1] - wide["logp"][0]) < 0.2 < abs(narrow["logp"][1] - narrow["logp"][0])
-    assert summary([narrow])["n"] == 6 and summary([narrow])["draws"] == 1
 
 
 # --------------------------------------------------------------------------------------------------- summary
@@ -348,19 +269,17 @@ def test_the_command_attacks_a_control_on_the_same_pool(tiny, monkeypatch, capsy
     pools = iter([hidden(tiny[2][:3])])  # one pool: the control's own would be a second
     monkeypatch.setattr(attack, "falsely_answered", lambda *args: next(pools))
     flags = ["--p", "0.3", "0.9", "--attack-lrs", "1e-4", "--attack-epochs", "1", "--attack-draws", "1",
-             "--benign-lrs", "1e-4", "--attack-rank", "1", "--benign", str(tmp_path / "alpaca.json"),
-             "--bits", "4"]
+             "--benign-lrs", "1e-4", "--benign", str(tmp_path / "alpaca.json")]
     paths = ["--model", str(ROOT / "data/tiny"), "--control", str(ROOT / "data/tiny/"), "--forget",
              str(ROOT / "data/faithun.json")]
     monkeypatch.setattr("sys.argv", ["attack.py", *paths, *flags])
     attack.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 2 * 7 and {line["model"] for line in lines} == {str(ROOT / "data/tiny")}
-    summaries = [line for line in lines[:7] if line["kind"] == "summary"]
-    assert [s["attack"] for s in summaries] == ["Harmful p = 0.3", "Harmful p = 0.9", "Benign", "int4"]
-    assert [s.get("n") for s in summaries] == [2, None, 3, 3] and "answered falsely" in summaries[1]["why"]
-    assert all(line["rank"] == 1 for line in lines if line["kind"] in ("harmful", "benign"))
-    assert lines[:7] == lines[7:]
+    assert len(lines) == 2 * 5 and {line["model"] for line in lines} == {str(ROOT / "data/tiny")}
+    summaries = [line for line in lines[:5] if line["kind"] == "summary"]
+    assert [s["attack"] for s in summaries] == ["Harmful p = 0.3", "Harmful p = 0.9", "Benign"]
+    assert [s.get("n") for s in summaries] == [2, None, 3] and "answered falsely" in summaries[1]["why"]
+    assert lines[:5] == lines[5:]
 
 
 def test_the_command_says_that_nothing_was_forgotten(tiny, monkeypatch):

@@ -112,14 +112,12 @@ def test_the_checkpoint_can_be_scored_and_attacked_alone(finished, monkeypatch, 
     after = json.loads((folder / run / "result.json").read_text())["after"]
     assert scored["FS"] == after["FS"] and scored["RS"] == after["RS"]
     flags = ["--p", "0.3", "--attack-lrs", "1e-4", "--attack-draws", "1", "--attack-epochs", "1",
-             "--benign", "", "--bits", "4", "--control", "tiny"]
+             "--benign", "", "--control", "tiny"]
     assert inside(monkeypatch, folder, "attack.py", *DATA, "--model", run, *flags) == 0
-    wrong = round(after["FS"]["n"] * (1 - after["FS"]["percent"] / 100))
     summaries = [r for r in map(json.loads, capsys.readouterr().out.splitlines()) if r["kind"] == "summary"]
-    assert [(r["model"], r["attack"]) for r in summaries] == [
-        (name, kind) for name in (run, "tiny") for kind in ("Harmful p = 0.3", "int4")]
-    assert [r["n"] for r in summaries[:2]] == [r["n"] for r in summaries[2:]] == [summaries[0]["n"], wrong]
-    assert summaries[0]["n"] < wrong
+    assert [(r["model"], r["attack"]) for r in summaries] == [(x, "Harmful p = 0.3") for x in (run, "tiny")]
+    wrong = round(after["FS"]["n"] * (1 - after["FS"]["percent"] / 100))
+    assert summaries[0]["n"] == summaries[1]["n"] < wrong
 
 
 def test_tofu_end_to_end(tmp_path, monkeypatch):
@@ -396,7 +394,7 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
      ["tests/golden/llama"]),
     ("attack.py", ["--p", "0"], ["--p"]),
     ("attack.py", ["--p", "0.1", "1.5"], ["--p", "1.5"]),
-    ("attack.py", ["--bits", "1"], ["--bits"]),
+    ("attack.py", ["--attack-epochs", "0"], ["--attack-epochs"]),
     ("attack.py", ["--benign", "nowhere.json"], ["nowhere.json"]),
     ("attack.py", ["--save", "file"], ["--save", "file"]),
 ])

@@ -108,12 +108,12 @@ def test_a_flag_is_text_where_its_type_takes_text(monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = ["--control", "5", "a", "--p", "0.5", "1", "--attack-draws", "2"]
     s = evaluate.read_flags(attack.Settings, "doc", flags)
-    assert s.control == ("5", "a") and s.p == (0.5, 1.0) and s.attack_draws == 2 and s.bits is None
+    assert s.control == ("5", "a") and s.p == (0.5, 1.0) and s.attack_draws == 2 and s.save is None
     for flags, words in ((["--p", "0.1", "x"], "--p: found 'x', expected a number above 0, at most 1"),
-                         (["--bits", "8", "1"], "--bits: found 1, expected a whole number from 2 to 16"),
+                         (["--benign-rows", "0"], "--benign-rows: found 0, expected a whole number from 1"),
                          (["--attack-draws", "1.5"], "--attack-draws: found 1.5, expected a whole number"),
                          (["--seed", "1e400"], "--seed: found inf"),
-                         (["--bits"], "--bits: expected at least one")):
+                         (["--p"], "--p: expected at least one")):
         with pytest.raises(ValueError, match=f"^{words}"):
             evaluate.read_flags(attack.Settings, "doc", flags)
 

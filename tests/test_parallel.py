@@ -121,8 +121,6 @@ def refusals(folder):
     batch = collate(rows_of(tokenizer, C_f))
     one = "the number of processes is 2, expected 1"
     refused(ValueError, lambda: neuron_attribution(model, batch), one, "--before")
-    refused(ValueError, lambda: attack.quantise(model, 4), one, "--bits")
-    refused(ValueError, lambda: attack.lora(model, 2, None).__enter__(), one, "--attack-rank")
     for words in (["--method", "klue"], ["--method", "random"], ["--penalise", "random"]):
         with mock.patch.object(sys, "argv", ["ssiuu.py", *words]):
             refused(ValueError, ssiuu.main, one, *words)
