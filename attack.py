@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import Example, batches, check_fits, collate, encode, load_alpaca
+from data import Example, batches, check_fits, collate, encoded, load_alpaca
 from evaluate import Data, Rate, Share, accuracy, answered, cell, check_folder, margin, markdown
 from evaluate import read_flags, refuse, run, splits_of, wilson
 from model import LM, Count, Tokenizer, answer_logprob, load, located, save
@@ -96,7 +96,7 @@ def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: 
     """A fraction p of the pool, at least one item, encoded to be retrained; and the rest, to be scored."""
     k = min(len(pool), max(1, round(p * len(pool))))
     chosen = set(random.Random(f"{seed} {draw} {p:g}").sample(range(len(pool)), k))
-    return ([encode(tokenizer, pool[i].question, pool[i].answers[0]) for i in sorted(chosen)],
+    return (encoded(tokenizer, [e for i, e in enumerate(pool) if i in chosen]),
             [e for i, e in enumerate(pool) if i not in chosen])
 
 def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: float, s: Harmful,
@@ -121,11 +121,11 @@ def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: li
     A draw has its rows and order; one pass, scored at regular points. Cells as harmful_attack's, no p."""
     for draw in range(s.attack_draws if pool else 0):
         chosen = random.Random(f"{s.seed} {draw} benign").sample(rows, min(s.benign_rows, len(rows)))
-        encoded = [encode(tokenizer, e.question, e.answers[0]) for e in chosen]
+        taught = encoded(tokenizer, chosen)
         for lr in s.benign_lrs:
             key = {"kind": "benign", "seed": draw, "lr": lr, "n": len(pool), "retrained": len(chosen)}
             generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
-            changes = retrain(model, encoded, lr, 1, s.attack_batch, generator, s.benign_points)
+            changes = retrain(model, taught, lr, 1, s.attack_batch, generator, s.benign_points)
             yield attacked(model, tokenizer, key, changes, pool, s.eval_batch, known)
 
 def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: list[Example], s: Settings,

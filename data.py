@@ -86,13 +86,18 @@ def load_tofu(path: str | Path) -> list[Example]:
     return [plain(*row) for row in load_rows(path)]
 
 def load_alpaca(path: str | Path) -> list[Example]:
-    """Alpaca's JSON list: instruction, input (joined to it by a blank line; empty or null: none), output."""
+    """Alpaca's JSON list: instruction, input (joined to it by a blank line; empty or null: none), output.
+    Rows whose output is empty, of which the published file has some, are left out."""
     examples = []
     for where, row in load_rows(path):
+        if not str(row.get("output")).strip():
+            continue
         question, given = text(row, "instruction", where).strip(), row.get("input")
         if given is not None and str(given).strip():
             question += "\n\n" + text(row, "input", where).strip()
         examples.append(Example(question, [text(row, "output", where)], where=where))
+    if not examples:
+        raise ValueError(f"{path}: found only empty outputs, expected at least one with text")
     return examples
 
 def faithun_example(where: str, row: dict, entity: str) -> Example:
@@ -115,7 +120,7 @@ def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
         if not isinstance(entity, dict):
             raise ValueError(f"{path}: {name!r} is {NAMES[type(entity)]}, expected an object of FaithUn's "
                              "entities; rows such as TOFU's need --retain")
-        rows = entity.get(part)
+        rows = entity.get(part, None if part == "hop1_unlearn" else [])
         if isinstance(rows, dict):
             rows = [row | {"question": q} if isinstance(row, dict) else row for q, row in rows.items()]
         if not isinstance(rows, list):
@@ -144,8 +149,8 @@ def related(path: str | Path, part: str, without: Collection[str] = ()) -> list[
 def choice(question: str, options: list[str], right: int, where: str) -> Example:
     """Zero-shot: an option begins with the space that divides it from the prompt."""
     options = [f" {option.strip()}" for option in options]
-    if len({*options}) < max(2, len(options)) or not question.strip():
-        raise ValueError(f"{where}: found {question!r:.40} and {options}, expected text and unlike options")
+    if len(options) < 2 or options.count(options[right]) > 1 or not question.strip():
+        raise ValueError(f"{where}: found {question!r:.40} and {options}, expected text, a right option once")
     return Example(question.rstrip(), [options[right]], options[:right] + options[right + 1:], where)
 
 def pick(row: dict, key: str, labels: list[str], expected: str, where: str) -> int:
@@ -271,6 +276,10 @@ def encode(tokenizer, question: str, answer: str) -> tuple[list[int], list[bool]
     """(ids, answer mask) of prompt + answer + end token."""
     x, y = tokenizer.prompt(question), tokenizer.answer(answer)
     return x + y, [False] * len(x) + [True] * len(y)
+
+def encoded(tokenizer, examples: list[Example]) -> list[tuple[list[int], list[bool]]]:
+    """`encode` of each example's question and first answer."""
+    return [encode(tokenizer, e.question, e.answers[0]) for e in examples]
 
 def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example]) -> None:
     """ValueError with its row for an example whose longest sequence, Table 3 or the plain question with any

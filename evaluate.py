@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 
-from data import Batch, Example, check_fits, collate, encode, load_faithun, load_tofu, load_utility
+from data import Batch, Example, check_fits, collate, encoded, load_faithun, load_tofu, load_utility
 from data import mcqa_prompt, normalise, related, split, tofu_split
 from model import LM, Count, Natural, Tokenizer, answer_logprob, check, fill, generate, here, load
 from model import located, one_process, read_json, refuse, wanted, write_json
@@ -96,7 +96,7 @@ def accuracy(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int
 
 def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> tuple[float, float]:
     """Recovery without steps, in nats per token, on the plain question: the mean over examples of log
-    P(answer), and of its lead over the best false option."""
+    P(answer), and of its lead over the best false option (log P again where there are none, as in TOFU)."""
     options = [[tokenizer.answer(o) for o in (e.answers[0], *e.false_options)] for e in examples]
     truth, lead = [], []
     scores = option_scores(model, [tokenizer.prompt(e.question) for e in examples], options, size)
@@ -321,8 +321,7 @@ def analyse(s: "Settings", paths: dict[str, str]) -> dict:
         if shapes[name] != shapes["before"]:
             raise ValueError(f"{path}: found other weights than in {s.before}, expected the same model later")
         check_fits(model, tokenizer, C_f)
-        rows, wrong = ([encode(tokenizer, e.question, e.answers[0]) for e in part]
-                       for part in (C_f, distractors(C_f, s.seed)))
+        rows, wrong = encoded(tokenizer, C_f), encoded(tokenizer, distractors(C_f, s.seed))
         with torch.no_grad():
             P = [answer_logprob(model, collate([row], model.device)).exp().item() for row in rows]
         checkpoints[name] = {"FS": accuracy(model, tokenizer, C_f, s.eval_batch),
@@ -436,7 +435,8 @@ def settings_for(kind: type, given: dict):
     not choose names, paths or devices. Said on stderr, so that nothing is set unseen."""
     paths = {f.name: os.path.relpath(ROOT / f.default) for f in fields(kind)
              if isinstance(f.default, str) and (ROOT / f.default).exists()}
-    file, script = Path(given.get("model", paths["model"]), "unlearn.json"), Path(inspect.getfile(kind)).name
+    model, script = (paths | given).get("model", "data/tiny"), Path(inspect.getfile(kind)).name
+    file = Path(model, "unlearn.json")
     sections = read_json(file, default={})
     for key in sections:
         check(key, Literal["ssiuu.py", "attack.py", "evaluate.py"], f"{file}: found")
@@ -444,8 +444,8 @@ def settings_for(kind: type, given: dict):
     for key, value in own.items():
         check(value, float | tuple[float, ...], f"{file}: {script} {key} is")
     s = fill(kind, paths | own | given, f"{file}: {script}")
-    if own:
-        print(f"{file} sets {', '.join(f'{key} {value}' for key, value in own.items())}", file=sys.stderr)
+    if used := [f"{key} {value}" for key, value in own.items() if key not in given]:
+        print(f"{file} sets {', '.join(used)}", file=sys.stderr)
     return s
 
 def check_device(device: str) -> None:

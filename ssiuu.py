@@ -18,7 +18,6 @@ FS RS        forgetting, retention score  percent    Section 6.2.1
 
 Dimensions: B sequences, K tokens, D hidden size, N items, n neurons.
 """
-import fcntl
 import hashlib
 import json
 import math
@@ -40,7 +39,7 @@ from safetensors import safe_open
 from torch import nn
 
 import attack
-from data import Batch, Example, batches, check_fits, collate, encode, load_alpaca, load_utility
+from data import Batch, Example, batches, check_fits, collate, encode, encoded, load_alpaca, load_utility
 from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, influence, item_scores, markdown
 from evaluate import mismatched_tau, other_questions, read_flags, refuse, run, scores_of, settings_for
 from evaluate import splits_of
@@ -166,14 +165,14 @@ class Settings(Scored):
 class State:
     """What Algorithm 1 carries from step to step beside the weights, and what it took from the first ones."""
     optimizer: torch.optim.Optimizer
-    loss: Callable[[Tensor, list[int]], Tensor]  # the forget term of (log P(y|x) of items, indices in C_f)
+    loss: Callable[[Tensor, list[int]], Tensor]  # (log P(y|x) of items, their indices in C_f) -> forget term
     masks: Tensors | None = None                 # KLUE: which rows of a weight may move
     steer: tuple[Tensor, Tensors] | None = None  # RMU: u, and the original weights of what it trains
     t: int = 0
     A_prev: dict[int, Tensors] = field(default_factory=dict)  # {0: A of b}, or {index in C_f: A of (x, y)}
 
 class Part(NamedTuple):
-    """A micro-batch. `key`: whose A it adds to, 0 for the batch's (Alg. 1), the item's with --per-example."""
+    """A micro-batch. `key`: 0, where A is summed over b (Alg. 1), or with --per-example its item's index."""
     items: list[int]
     batch: Batch
     share: float  # of the batch
@@ -246,7 +245,7 @@ def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings
 
     if backbone_of(s) not in ("dpo", "npo"):
         return lambda logp, items: ga_loss(logp)
-    ref = reference([encode(tokenizer, e.question, e.answers[0]) for e in C_f])
+    ref = reference(encoded(tokenizer, C_f))
     if backbone_of(s) == "npo":
         return npo
     refusals = [encode(tokenizer, e.question, REFUSAL) for e in C_f]
@@ -295,7 +294,8 @@ def scope_of(model: LM, scope: str) -> Tensors:
     return [p for name, p in model.named_parameters() if scope == "all" or name.endswith("_proj.weight")]
 
 def P_of(logp: Tensor, target: str, phi: Tensors, share: float) -> Tensor:  # (B,) -> ()
-    """P of a part of b, or what stands for it; a sum of weights has A = phi: plain L2."""
+    """P of a part of b, or what stands for it. `weights`: their sum, whose A is phi itself, so that the
+    penalty is lam times the squared change of the weights, plain L2."""
     if target == "weights":
         return share * sum(p.sum() for p in phi)
     return logp.sum() if target == "logprob" else logp.exp().sum()
@@ -372,7 +372,7 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     phi = scope_of(model, s.scope) if s.method == "ssiuu" else []
-    rows, rows_r = ([encode(tokenizer, e.question, e.answers[0]) for e in C] for C in (C_f, C_r))
+    rows, rows_r = encoded(tokenizer, C_f), encoded(tokenizer, C_r)
     forget, retain = (batches(len(C), s.batch_size or len(C_f), torch.Generator().manual_seed(s.seed + i))
                       for i, C in enumerate((C_f, C_r)))
     for _ in range(state.t):  # a resumed run draws on where it stopped
@@ -518,6 +518,7 @@ def new_folder(s: Settings) -> Path:
 def held(folder: Path, new: bool) -> Iterator[None]:
     """Inside, no other process works in this folder. The system frees the lock, however this one ends. A
     folder in which nothing was recorded is given back; an unforeseen error leaves its traceback there."""
+    import fcntl  # not on Windows, where the rest can be imported
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -572,10 +573,10 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
         raise ValueError(f"{folder}/log.jsonl: found steps {found}, expected 1 to {state.t}")
     log[:] = [r for r in log if r["kind"] == "before"] + steps
     write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
-    first, done = state.t, steps and reached(steps[-1]["FS"], s.tau)
-    for r in () if done else unlearn(model, tokenizer, *sets[:2], s, state):
+    first = state.t
+    for r in unlearn(model, tokenizer, *sets[:2], s, state):
         note(folder, log, r)
-        if state.t % s.save_every == 0 or state.t == s.steps or reached(r["FS"], s.tau):
+        if not reached(r["FS"], s.tau) and (state.t % s.save_every == 0 or state.t == s.steps):
             write_tensors(path, state_tensors(model, state), {"t": str(state.t)}, each=True)
         left = (time.time() - start) / (state.t - first) * (s.steps - state.t)
         print(f"step {r['t']}/{s.steps}  L {r['L']:.3f}  L_SSIUU {r.get('L_SSIUU', 0):.2e}  |I-| "
@@ -666,6 +667,8 @@ def experiment(s: Settings, folder: Path) -> dict:
         after = {"kind": "after", "steps": last["t"], "reached": reached(last["FS"], s.tau),
                  "weights": fingerprint(model), **scores_of(model, tokenizer, sets, tasks, s)}
         note(folder, log, after)
+    for old in folder.glob("state*.safetensors") if after["reached"] and here()[0] == 0 else ():
+        old.unlink()  # as large as four models, and no step is left to do
     print(f"after   FS {cell(after['FS'])}  RS {cell(after['RS'])}  in {after['steps']} steps"
           + ("" if after["reached"] else f"; tau = {s.tau:.4g} NOT reached"), flush=True)
     attacked = {}

@@ -196,6 +196,25 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
     assert strip[0] == strip[1] and not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.fixture(scope="module")
+def unreached(tmp_path_factory):
+    """A run whose last state is kept, since it did not reach the threshold."""
+    folder = prepare(tmp_path_factory.mktemp("unreached"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert inside(monkeypatch, folder, "ssiuu.py", *DATA, "--tau", "0", "--steps", "2", "--no-attack") == 0
+    return folder
+
+
+@pytest.fixture
+def stopped(unreached, tmp_path):
+    """... as a kill after its last step leaves it."""
+    shutil.copytree(unreached, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs/ssiuu-tiny"
+    (run / "result.json").unlink()
+    (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(run, "before", "step")))
+    return tmp_path
+
+
 @pytest.fixture
 def copied(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
@@ -203,13 +222,23 @@ def copied(finished, tmp_path):
     return tmp_path
 
 
-def test_a_kill_after_the_threshold_takes_no_further_step(copied, finished, monkeypatch):
+def test_a_kill_between_the_threshold_and_the_weights_ends_the_same(copied, finished, monkeypatch):
     run = copied / "runs/ssiuu-tiny"
+    assert not (run / "state.safetensors").exists()  # large, and nothing is left to do
     begun = records(run, "before", "step")
     (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in begun))
     (run / "model.safetensors").unlink()
     assert inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny", "--no-attack") == 0
-    assert records(run, "before", "step") == begun and same_weights(run, finished[0] / "runs/ssiuu-tiny")
+    old, new = ([r | {"seconds": 0} for r in found] for found in (begun, records(run, "before", "step")))
+    assert old == new and same_weights(run, finished[0] / "runs/ssiuu-tiny")
+
+
+def test_a_kill_after_the_last_step_takes_no_further_one(stopped, unreached, monkeypatch):
+    run = stopped / "runs/ssiuu-tiny"
+    begun = records(run)
+    (run / "model.safetensors").unlink()
+    assert inside(monkeypatch, stopped, "ssiuu.py", "--resume", "runs/ssiuu-tiny") == 0
+    assert records(run, "before", "step") == begun and same_weights(run, unreached / "runs/ssiuu-tiny")
 
 
 def test_a_resumed_run_keeps_its_settings(copied, monkeypatch):
@@ -230,11 +259,11 @@ def test_a_resumed_run_keeps_its_settings(copied, monkeypatch):
     assert {f: f.read_bytes() for f in run.iterdir()} == files
 
 
-def test_a_log_that_was_deleted_beside_its_state_is_missed(copied, monkeypatch):
-    (copied / "runs/ssiuu-tiny/log.jsonl").unlink()
-    code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+def test_a_log_that_was_deleted_beside_its_state_is_missed(stopped, monkeypatch):
+    (stopped / "runs/ssiuu-tiny/log.jsonl").unlink()
+    code = inside(monkeypatch, stopped, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
     assert "log.jsonl: found steps []" in code and "\n" not in code
-    assert not (copied / "runs/ssiuu-tiny/result.json").exists()
+    assert not (stopped / "runs/ssiuu-tiny/result.json").exists()
 
 
 def test_what_a_refused_resume_meets_stays(copied, monkeypatch):
@@ -335,13 +364,12 @@ MEDDLED = {
 
 
 @pytest.mark.parametrize("what", MEDDLED)
-def test_a_resume_notices_what_was_meddled_with(copied, monkeypatch, what):
+def test_a_resume_notices_what_was_meddled_with(request, monkeypatch, what):
     change, word = MEDDLED[what]
-    if "state" in what or "step" in what:  # these are read where the run is not finished
-        kept = [r for r in records(copied / "runs/ssiuu-tiny") if r["kind"] in ("before", "step")]
-        (copied / "runs/ssiuu-tiny/log.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
-    change(copied / "runs/ssiuu-tiny")
-    refused(inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny"), word)
+    # a state, and the steps before it, are read where the run is not finished
+    folder = request.getfixturevalue("stopped" if "state" in what or "step" in what else "copied")
+    change(folder / "runs/ssiuu-tiny")
+    refused(inside(monkeypatch, folder, "ssiuu.py", "--resume", "runs/ssiuu-tiny"), word)
 
 
 def test_what_is_wrong_is_said_before_the_work_and_leaves_nothing(tmp_path, monkeypatch, offline):

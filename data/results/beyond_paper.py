@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Batch, Example, check_fits, collate, encode, load_faithun, load_tofu  # noqa: E402
+from data import Batch, Example, check_fits, collate, encoded, load_faithun, load_tofu  # noqa: E402
 from evaluate import (MODULES, Data, accuracy, check_folder, correlation, distractors, hiding,  # noqa: E402
                       hooked, influence, influence_variation, margin, neuron_attribution, read_flags,
                       refuse, run, splits_of, wilson)
@@ -239,9 +239,6 @@ def check_settings(s: Settings, C_f: list[Example], unseen: list[Example]) -> No
 def paths(s: Settings) -> dict[str, str]:
     found = {"before": s.before or s.model, "after": s.after, "attacked": s.attacked}
     return {name: path for name, path in found.items() if path}
-
-def encoded(tokenizer: Tokenizer, examples: list[Example]) -> list:
-    return [encode(tokenizer, e.question, e.answers[0]) for e in examples]
 
 def told_apart(model: LM, rows: list, strangers: list) -> dict[str, dict]:
     """{score: `auc`} of C_f against what no model saw."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Batch, collate, encode  # noqa: E402
+from data import Batch, collate, encoded  # noqa: E402
 from evaluate import Data, Rate, read_flags, run, splits_of  # noqa: E402
 from model import LM, Count, answer_logprob, load, write_json  # noqa: E402
 from ssiuu import attribution, gd_loss, negative, surrogate, provenance, weights  # noqa: E402
@@ -55,7 +55,7 @@ def gradients(model: LM, b: Batch, b_r: Batch, A_prev: list | None, lam: float, 
 def main() -> None:
     s = read_flags(Settings, __doc__)
     model, tokenizer = load(s.model, device=s.device)
-    b, b_r = (collate([encode(tokenizer, e.question, e.answers[0]) for e in C[:s.items]], s.device)
+    b, b_r = (collate(encoded(tokenizer, C[:s.items]), s.device)
               for C in splits_of(s)[:2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
     kinds, A_prev, found = ["bfloat16"] + ["tf32"] * s.device.startswith("cuda"), dict(), []
