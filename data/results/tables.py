@@ -43,6 +43,7 @@ TINY = {
     "ssiuu initial 0.03 over npo": f"{INITIAL} --backbone npo --beta 0.3",
     "ssiuu initial 0.03 positive over npo": f"{INITIAL} --penalise positive --backbone npo --beta 0.3",
     "l2 initial 3": f"{L2} --lam 3",
+    "l2 initial 10": f"{L2} --lam 10",
     "ssiuu previous 0.1": "--lam 0.1",
     "ssiuu initial 0.03 all": f"{INITIAL} --penalise all",
     "ssiuu initial 0.03 random": f"{INITIAL} --penalise random",
