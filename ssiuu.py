@@ -366,9 +366,8 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             state: State) -> Iterator[dict]:
     """Algorithm 1; yields the numbers of each step, the last one where FS <= tau (Section 6.1).
 
-    A baseline has its own loss, mask or step, and an empty phi: nothing is penalised. b' comes after b, so
-    that its gradient never lies beside a graph of b. l.14 is AdamW, not plain descent. FloatingPointError on
-    NaN or infinity.
+    A baseline has its own loss, mask or step, and phi is empty. b' comes after b: its gradient never lies
+    beside a graph of b. l.14 is AdamW, not plain descent. FloatingPointError on NaN or infinity.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     phi = scope_of(model, s.scope) if s.method == "ssiuu" else []
@@ -392,11 +391,12 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         total = [reduce(torch.add, a) for a in zip(*A.values())]
         I_neg = negative(total) if s.penalise == "negative" else control(total, s.penalise, s.seed)  # l.10
         for key in [key for key in A if key in state.A_prev]:                                    # l.7: t > 1
-            L_ssiuu += ssiuu_loss(A[key], on(model.device, state.A_prev[key]), I_neg).item()     # l.11
-            w[key] = weights(A[key], on(model.device, state.A_prev[key]), I_neg, s.lam)          # Eq. 10
+            A_prev = on(model.device, state.A_prev[key])
+            L_ssiuu += ssiuu_loss(A[key], A_prev, I_neg).item()                                  # l.11
+            w[key] = weights(A[key], A_prev, I_neg, s.lam)                                       # Eq. 10
         record = {"L_SSIUU": sum(from_all(L_ssiuu)), "I_neg": share_of(I_neg)} if A else {}
         remember(state, A, s)                                                                    # l.12
-        A = total = I_neg = None
+        A = total = I_neg = A_prev = None
         for part in b:
             graph = one or forget_graph(model, part, phi if part.key in w else [], state, s)
             loss = surrogate(graph.L, graph.A, w.get(part.key))                                  # l.13
