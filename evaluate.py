@@ -427,7 +427,8 @@ def flag(kind) -> dict:
         if expected := wanted(value, one):
             raise argparse.ArgumentTypeError(f"found {value!r}, expected {expected}")
         return value
-    return {"type": read, "nargs": "+" if lists else None}
+    values = {"metavar": "|".join(get_args(kind))} if get_origin(kind) is Literal else {}
+    return {"type": read, "nargs": "+" if lists else None, **values}
 
 def settings_for(kind: type, given: dict):
     """The settings `given`, else what MODEL/unlearn.json sets for this command, under the name of its script,

@@ -549,13 +549,15 @@ def identity(model: LM, tokenizer: Tokenizer, **data) -> dict[str, str]:
     return {"processes": str(here()[1]), "weights": fingerprint(model), **hashes}
 
 def provenance() -> dict:
-    """What made a result: the commit, the versions, the machine."""
+    """What made a result: the commit, -dirty where code differs from it, the versions, the machine."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "data/tiny")
+        commit = git("describe", "--always") + "-dirty" * bool(changed)
     except OSError:  # no git on this machine
-        git = ""
-    return {"commit": git or None, "torch": torch.__version__, "python": platform.python_version(),
+        commit = ""
+    return {"commit": commit or None, "torch": torch.__version__, "python": platform.python_version(),
             "machine": platform.machine(), "threads": torch.get_num_threads()}
 
 def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Path, log: list[dict]) -> dict:
