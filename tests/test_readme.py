@@ -87,6 +87,8 @@ def test_the_paste_snippet_runs(monkeypatch):
 def test_the_row_is_the_committed_one():
     from evaluate import cell
     result = json.loads((RESULTS / "ssiuu-tiny/result.json").read_text())
+    own = json.loads((ROOT / "data/tiny/unlearn.json").read_text())["ssiuu.py"]
+    assert own == {key: result["settings"][key] for key in own}  # what the command would use today
     scores = [result["after"]["FS"], result["after"]["RS"], None]
     attacks = [result["attacks"][key] for key in ATTACKS]
     assert "| ssiuu | " + " | ".join(cell(x) for x in scores + attacks) + " |" in README
@@ -127,9 +129,12 @@ def test_each_number_of_the_findings_is_in_the_table():
     cells = [x for row in TABLE["rows"].values() for key, value in row.items()
              for x in (value.values() if key.startswith("minus ") else [value])] + [*TABLE["rank"].values()]
     shown = {f"{x[key]:.{digits}f} [{x['low']:.{digits}f}, {x['high']:.{digits}f}]" for x in cells
-             for key in ["mean"] for digits in (0, 1, 2) if x["low"] is not None}
-    for page in (README, (RESULTS / "README.md").read_text()):
-        text = "\n".join(line for line in page.splitlines() if not line.startswith("| "))
+             for key in ["mean"] for digits in (0, 1, 2, 3) if x["low"] is not None}
+    found = (RESULTS / "README.md").read_text()
+    claims = found[found.index("## The paper's claims"):found.index("## Does the measure")]
+    assert claims.count("\n| ") > 10
+    for page in (README, found):
+        text = claims + "\n".join(line for line in page.splitlines() if not line.startswith("| "))
         for number in re.findall(r"-?\d+(?:\.\d+)? \[-?[\d.]+, -?[\d.]+\]", text):
             assert number in shown, number
 
