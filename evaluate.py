@@ -427,7 +427,7 @@ def flag(kind) -> dict:
         if expected := wanted(value, one):
             raise argparse.ArgumentTypeError(f"found {value!r}, expected {expected}")
         return value
-    values = {"metavar": "|".join(get_args(kind))} if get_origin(kind) is Literal else {}
+    values = {"metavar": "|".join(map(str, get_args(kind)))} if get_origin(kind) is Literal else {}
     return {"type": read, "nargs": "+" if lists else None, **values}
 
 def settings_for(kind: type, given: dict):
