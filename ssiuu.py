@@ -21,6 +21,7 @@ Dimensions: B sequences, K tokens, D hidden size, N items, n neurons.
 import hashlib
 import json
 import math
+import os
 import platform
 import random
 import shutil
@@ -44,7 +45,7 @@ from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, influen
 from evaluate import mismatched_tau, other_questions, read_flags, refuse, run, scores_of, settings_for
 from evaluate import splits_of
 from model import LM, Count, Positive, Tokenizer, answer_logprob, check, from_all, here, load, one_process
-from model import parse, read_json, read_text, save, wanted, write, write_json, write_tensors
+from model import parse, read_json, read_text, refusing, save, wanted, write, write_json, write_tensors
 
 # ==================================================================== the method: torch only, paste from here
 import torch
@@ -452,7 +453,7 @@ def state_tensors(model: LM, state: State) -> dict[str, Tensor]:
 
 def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     """Puts a saved state into `model` and `state`. ValueError unless it has just the tensors of this run."""
-    with safe_open(path, "pt") as file:  # on the host: the device has room for one of it
+    with refusing(f"{path}: not a readable state"), safe_open(path, "pt") as file:  # on the host: it is large
         found, t = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("t", "")
     room = on_host if s.offload else torch.empty_like
     if s.method == "ssiuu":
@@ -463,7 +464,7 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
         for p in group["params"]:
             moments = {name: room(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
             state.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-    expected, state.t = state_tensors(model, state), int(t) if t.isdecimal() else 0
+    expected, state.t = state_tensors(model, state), int(t) if t.isdecimal() and len(t) < 10 else 0
     for name in sorted(expected.keys() | found.keys()):
         x, y = expected.get(name), found.get(name)
         if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype or not y.isfinite().all() or (
@@ -565,7 +566,7 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     Returns the last record."""
     state, start = begin(model, tokenizer, sets[0], s), time.time()
     path = folder / (f"state-{here()[0]}.safetensors" if here()[0] else "state.safetensors")
-    if path.is_file():
+    if os.path.lexists(path):  # a dead link or a folder there is an error
         load_state(path, model, state, s)
     if len(found := {*from_all(state.t)}) > 1:
         raise ValueError(f"{folder}: found states of steps {found}, expected every process's of one step")

@@ -200,8 +200,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
 def unreached(tmp_path_factory):
     """A run whose last state is kept, since it did not reach the threshold."""
     folder = prepare(tmp_path_factory.mktemp("unreached"))
+    flags = ["--tau", "0", "--steps", "2", "--no-attack"]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert inside(monkeypatch, folder, "ssiuu.py", *DATA, "--tau", "0", "--steps", "2", "--no-attack") == 0
+        assert inside(monkeypatch, folder, "ssiuu.py", *DATA, *flags) == 0
     return folder
 
 
@@ -341,6 +342,9 @@ def scaled(name, by):
 MEDDLED = {
     "a state of NaN": (lambda run: edited(run / "state.safetensors", scaled("adam 0 exp_avg", float("nan"))),
                        "adam 0 exp_avg"),
+    "a state cut short": (lambda run: (run / "state.safetensors").write_bytes(b"x"), "state.safetensors"),
+    "a state that is a folder": (lambda run: ((run / "state.safetensors").unlink(),
+                                              (run / "state.safetensors").mkdir()), "state.safetensors"),
     "a state's step": (lambda run: edited(run / "state.safetensors", scaled("adam 0 step", 2.0)),
                        "adam 0 step"),
     "finished weights": (lambda run: edited(run / "model.safetensors", scaled("model.norm.weight", 2.0)),
