@@ -234,3 +234,16 @@ def test_without_matplotlib_one_line_says_what_to_install(folders, monkeypatch):
     without = runpy.run_path(str(ROOT / "data/results/figures.py"))
     with pytest.raises(SystemExit, match="^error: .*pip install matplotlib$"):
         without["run_command"](without["main"])
+
+
+@pytest.mark.parametrize("part, key, value", [
+    ("by_module", "D_pos", {"q_proj": 5}), ("by_module", "D_pos", {"q_proj": ["a"]}),
+    ("correlation", "after attacked", None), ("correlation", "after attacked", {"max": [1.0, 2.0, 3.0]}),
+    ("attribution", "attacked", {"rank": [1], "min": [0.1]})])
+def test_what_is_wrong_inside_an_analysis_is_named(tmp_path, part, key, value):
+    folder = Path(a_run(tmp_path / "a", 1, method="gd"))
+    r = an_analysis(1)
+    r[part][key] = value
+    write(folder / "analysis.json", r)
+    with pytest.raises(ValueError, match=f"analysis.json: {part}"):
+        figures.read_runs([str(folder)])

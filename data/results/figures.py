@@ -55,13 +55,13 @@ TRIPLE = Annotated[list, ("[value, low, high]", lambda x: len(x) == 3 and not wa
 SCORE = {"percent": float, "low": float, "high": float, "n": Count}
 Score = holding("a score", SCORE)
 SCORES = tuple[Score, ...]
-MODULES = even("a number a block for each module", each("", NUMBERS))
-RANKS = even("lists of one length", holding("", {"rank": NUMBERS, "max": NUMBERS, "min": NUMBERS}))
-PAIRS = each("max and min of each pair", holding("", {"max": TRIPLE, "min": TRIPLE}))
+MODULES = even("a number a block for each module", each("lists of numbers", NUMBERS))
+RANKS = even("lists of one length", holding("an object", {"rank": NUMBERS, "max": NUMBERS, "min": NUMBERS}))
+PAIRS = each("max and min of each pair", holding("an object", {"max": TRIPLE, "min": TRIPLE}))
 RESULT = {"settings.method": str, "settings.lam": float | None, "after.RS": Score}
 ANALYSIS = {"n": Count, "variation.m": Count, "variation.neurons": Count, "variation.D_pos": TRIPLE,
             "variation.D_neg": TRIPLE, "by_module.D_pos": MODULES, "by_module.D_neg": MODULES,
-            "variation.curves": even("lists of one length", holding("", {
+            "variation.curves": even("lists of one length", holding("an object", {
                 "m": NUMBERS, "D_pos": NUMBERS, "D_neg": NUMBERS})),
             "attribution": each("rank, max and min of each model", RANKS), "attribution.before": RANKS,
             "attribution.after": RANKS, "correlation": PAIRS, "checkpoints.before.lens": SCORES,
