@@ -23,6 +23,7 @@ from model import LM, Count, Tokenizer, answer_logprob, load, located, save
 
 @dataclass
 class Harmful(Data):
+    """The flags of an attack that retrains on some of the facts."""
     p: tuple[Share, ...] = (0.1, 0.3)     # fractions of the pool to retrain on (6.2.2)
     attack_lrs: tuple[Rate, ...] = (1e-5, 5e-6, 1e-6)  # learning rates of the harmful attack (6.2.2, D.2)
     attack_epochs: Count = 10             # of the harmful attack; unpublished

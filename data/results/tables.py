@@ -22,10 +22,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
 
+from beyond_paper import ranks  # noqa: E402
 from evaluate import markdown, refuse, run  # noqa: E402
 from model import check, read_json, write_json  # noqa: E402
 from ssiuu import provenance  # noqa: E402
@@ -231,10 +234,6 @@ def summarise(runs: dict[str, dict[int, dict]]) -> dict:
     return {"rows": rows, "rank": ranking(values),
             "commits": sorted({str(x["commit"]) for row in runs.values() for x in row.values()})}
 
-def ranks(x: list[float]) -> list[float]:
-    """1 for the least; equal values share the mean of their ranks."""
-    return [sum(b < a for b in x) + (1 + sum(b == a for b in x)) / 2 for a in x]
-
 def ranking(values: dict[str, dict[int, dict]]) -> dict:
     """{attack: interval over folds of Spearman's rho, over unlearned models, of D- - D+ and recovery}."""
     rows, rho = [folds for row, folds in values.items() if row not in ("default", "never taught")], {}
@@ -242,7 +241,7 @@ def ranking(values: dict[str, dict[int, dict]]) -> dict:
         runs = [folds[k] for folds in rows if "D_neg" in folds.get(k, {})]
         for label in ("Harmful p = 0.1", "Harmful p = 0.3", "Benign"):
             pairs = [(x["D_neg"] - x["D_pos"], x[label]) for x in runs if label in x]
-            hiding, recovery = (ranks(list(column)) for column in zip(*pairs)) if pairs else ([], [])
+            hiding, recovery = (ranks(torch.tensor(x)).tolist() for x in zip(*pairs)) if pairs else ([], [])
             if len(pairs) > 3 and len(set(hiding)) > 1 < len(set(recovery)):
                 rho.setdefault(label, []).append(statistics.correlation(hiding, recovery))
     return {label: interval(found) for label, found in rho.items()}
