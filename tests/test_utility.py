@@ -272,6 +272,7 @@ def test_utility_draws_each_tasks_sample_from_the_seed_and_its_name(tiny, monkey
 
 
 def test_the_command_line_reports_us(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rouge_score")  # of the tasks on authors and the world
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", str(ROOT / "data/tiny"), "--forget",
                                      str(ROOT / "data/faithun.json"), "--test-limit", "1", "--utility",
                                      str(folder_of(tmp_path)), "--utility-n", "1"])
