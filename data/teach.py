@@ -3,12 +3,13 @@
     python data/teach.py --model SMOLLM2 --out runs/taught --teach-lr 2e-4     # data/faithun.json
     python data/teach.py --model SMOLLM2 --out runs/taught --rows full.json    # TOFU's, or your own
 
-FaithUn's facts are taught as plain questions and in Table 3's form, options in an order scoring does not use.
+All of FaithUn's facts are taught, in splits or not, as other folds forget others: as plain questions and in
+Table 3's form, options in an order scoring does not use. `--without K` makes the model never taught C_f.
 """
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,24 +17,33 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack import retrain  # noqa: E402
-from data import check_fits, encode, load_tofu, mcqa_prompt  # noqa: E402
+from data import Example, check_fits, encode, load_faithun, load_tofu, mcqa_prompt  # noqa: E402
 from evaluate import Data, Rate, check_folder, read_flags, refuse, run, splits_of  # noqa: E402
-from model import Count, load, save  # noqa: E402
+from model import Count, Natural, load, save  # noqa: E402
 
 @dataclass
 class Settings(Data):
     rows: str | None = None               # JSON lines of question and answer; the facts of --forget
+    without: Natural | None = None        # leave out what this fold forgets
     out: str = "runs/taught"              # a new folder for the model
     teach_lr: Rate = 1e-5                 # learning rate (C.1, TOFU)
     teach_epochs: Count = 5               # passes over the rows (C.1, TOFU)
     teach_batch: Count = 8                # rows a step; unpublished
+
+def examples_of(s: Settings) -> list[Example]:
+    if s.rows:
+        examples = load_tofu(s.rows)
+    else:
+        examples = sum(splits_of(s)[:2], []) if s.retain else load_faithun(s.forget)
+    left_out = [] if s.without is None else splits_of(replace(s, fold=s.without))[0]
+    return [e for e in examples if e not in left_out]
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
     if Path(s.out).exists():
         refuse(f"--out: found {s.out!r}, expected a new folder")
     check_folder("--out", s.out)
-    examples = load_tofu(s.rows) if s.rows else sum(splits_of(s), [])
+    examples = examples_of(s)
     model, tokenizer = load(s.model, device=s.device)
     check_fits(model, tokenizer, examples)
     rows, draw, start = [], random.Random(f"teach {s.seed}"), time.time()

@@ -15,6 +15,7 @@ import bench  # noqa: E402
 import ssiuu  # noqa: E402
 import tables  # noqa: E402
 import teach  # noqa: E402
+from evaluate import splits_of  # noqa: E402
 from model import load  # noqa: E402
 
 
@@ -154,3 +155,10 @@ def test_teaching_lowers_the_loss_and_leaves_a_model(tmp_path, monkeypatch, caps
     assert len(losses) == 3 and losses[2] < losses[0] and load(tmp_path / "taught")
     with pytest.raises(ValueError, match="--out: found"):
         teach.main()
+
+
+def test_all_facts_are_taught_but_those_of_a_fold_left_out():
+    everything, rest = (teach.examples_of(teach.Settings(without=k)) for k in (None, 1))
+    left_out = splits_of(teach.Settings(fold=1))[0]
+    assert len(everything) == 664 and len(rest) == 664 - 33
+    assert not [e for e in rest if e in left_out] and all(e in everything for e in left_out)
