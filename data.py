@@ -8,7 +8,7 @@ import math
 import random
 import re
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -131,18 +131,17 @@ def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
         raise ValueError(f"{path}: found no questions, expected {part} of at least one entity")
     return examples
 
-def related(path: str | Path, part: str, without: Collection[str] = ()) -> list[list[Example]]:
-    """For each fact of hop1_unlearn its entity's questions of `part` that belong to it, none of `without`:
-    of hop2_test those that start from its relation, all where there is none; else those with its answer."""
+def related(facts: list[Example], questions: list[Example], part: str) -> list[list[Example]]:
+    """For each of `facts`, of hop1_unlearn, those of `questions`, of `part`, about its entity that belong to
+    it: of hop2_test what starts from its relation, all where there is none; else those with its answer."""
     def belongs(e: Example, fact: Example) -> bool:
-        if e.entity != fact.entity or e.question in without:
+        if e.entity != fact.entity:
             return False
         if part == "hop2_test":
             return not (e.relation and fact.relation) or e.relation.startswith(f"{fact.relation} >")
         return not {normalise(a) for a in e.answers}.isdisjoint(map(normalise, fact.answers))
 
-    questions = load_faithun(path, part)
-    return [[e for e in questions if belongs(e, fact)] for fact in load_faithun(path)]
+    return [[e for e in questions if belongs(e, fact)] for fact in facts]
 
 # ---------------------------------------------------------------------------------------- utility tasks
 
@@ -205,7 +204,8 @@ def load_utility(folder: str | Path) -> dict[str, list[Example]]:
     """{task: examples} for those of TASKS that `folder` has, in upstream's formats. ValueError for none."""
     tasks = {}
     for name, (pattern, reader) in TASKS.items():
-        for path in sorted(Path(folder).glob(pattern)):
+        there = Path(folder, pattern).parent.glob("*")  # not glob(pattern), which passes over a dead link
+        for path in sorted(path for path in there if path.match(pattern)):
             tasks.setdefault(name, []).extend(reader(*row) for row in load_rows(path))
     if not tasks:
         files = ", ".join(pattern for pattern, _ in TASKS.values())

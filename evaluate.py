@@ -109,14 +109,24 @@ def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int =
 def other_questions(path: str, C: list[Example], C_f: list[Example]) -> dict[str, list[Example]]:
     """FaithUn's further questions about the facts of C (Yang et al. 2025): paraphrases, questions that need
     the fact for a hop, and other facts with the same answer, which are to be retained and are none of C_f."""
-    forgotten, asked, found = {e.question for e in C_f}, {e.question for e in C}, {}
-    base = load_faithun(path)
+    forgotten, found = {e.question for e in C_f}, {}
     parts = {"paraphrased": "hop1_test", "multi_hop": "hop2_test", "same_answer": "same_object"}
     for name, part in parts.items():
-        groups = related(path, part, forgotten if part == "same_object" else ())
-        questions = {q.question: q for e, group in zip(base, groups) if e.question in asked for q in group}
-        found[name] = list(questions.values())
-    return {name: questions for name, questions in found.items() if questions}
+        groups = related(C, load_faithun(path, part), part)
+        questions = {e.question: e for group in groups for e in group}
+        if part == "same_object":
+            questions = {q: e for q, e in questions.items() if q not in forgotten}
+        if questions:
+            found[name] = list(questions.values())
+    return found
+
+def scored_sets(s: "Data", sets: tuple) -> dict[str, list[Example]]:
+    """{score: its examples}: FS, RS, and for FaithUn the accuracy on C_r and on other questions about C_f."""
+    C_f, C_r, C_t = sets
+    found = {"FS": C_f, "RS": C_t}
+    if s.retain:  # TOFU: C_t is a part of C_r, and there are no other questions
+        return found
+    return found | {"retain": C_r, **other_questions(s.forget, C_f, C_f)}
 
 def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
     """C_f, C_r, C_t. FaithUn: one file and its split files. TOFU: --forget and --retain are its two files,
@@ -398,10 +408,12 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
         parser.add_argument("--" + field.name.replace("_", "-"), **flag(types[field.name]),
                             help=helps[field.name].replace("%", "%%") + shown)
     given = vars(parser.parse_args(argv))
-    for name in given:
-        if given[name] == "" and name != "benign":
+    for name, value in given.items():
+        if name != "benign" and "" in (value if isinstance(value, list) else [value]):
             refuse(f"--{name}: found '', expected a name")
     if given.get("resume"):
+        if "name" in given:
+            refuse(f"--name: found {given['name']!r} beside --resume, expected one of the two")
         file = Path(given["resume"], "settings.json")
         values = read_json(file).get("settings")
         if not isinstance(values, dict) or values.keys() != types.keys():
@@ -496,16 +508,14 @@ class Settings(Scored):
     attacked: str | None = None          # ... and after an attack (attack.py --save)
     out: str | None = None               # folder for analysis.json; --after
 
-def scores_of(model: LM, tokenizer: Tokenizer, sets: tuple, tasks: dict, s: Scored) -> dict:
-    """FS, RS, log P of C_f and its margin, US, accuracy on C_r and on FaithUn's other questions about C_f."""
-    C_f, C_r, C_t = sets
-    logp, lead = margin(model, tokenizer, C_f, s.eval_batch)
-    found, parts = {"forget_logp": logp, "forget_margin": lead}, {"FS": C_f, "RS": C_t}
+def scores_of(model: LM, tokenizer: Tokenizer, parts: dict, tasks: dict, s: Scored) -> dict:
+    """The accuracy on each of `scored_sets`, log P of C_f and its margin, and US."""
+    logp, lead = margin(model, tokenizer, parts["FS"], s.eval_batch)
+    found = {name: accuracy(model, tokenizer, C, s.eval_batch) for name, C in parts.items()}
+    found |= {"forget_logp": logp, "forget_margin": lead}
     if tasks:
         found["US"] = utility(model, tokenizer, tasks, s.utility_n, s.seed, max(1, s.eval_batch // 4))
-    if not s.retain:  # TOFU: C_t is a part of C_r, and there are no other questions
-        parts |= {"retain": C_r, **other_questions(s.forget, C_f, C_f)}
-    return {name: accuracy(model, tokenizer, C, s.eval_batch) for name, C in parts.items()} | found
+    return found
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
@@ -521,12 +531,13 @@ def main() -> None:
         write_json(folder / "analysis.json", result)
         return print(f"{summary(result)}\n{folder / 'analysis.json'}", flush=True)
     tasks, sets = load_utility(s.utility) if s.utility else {}, splits_of(s)
-    others = {} if s.retain else other_questions(s.forget, sets[2], sets[0])
+    parts = scored_sets(s, sets)
+    if not s.retain:
+        about_test = other_questions(s.forget, sets[2], sets[0])
+        parts |= {f"test_{name}": C for name, C in about_test.items()}
     model, tokenizer = load(s.model, device=s.device)
-    check_fits(model, tokenizer, [e for C in (*sets, *tasks.values(), *others.values()) for e in C])
-    result = {"model": s.model, **scores_of(model, tokenizer, sets, tasks, s)}
-    result |= {f"test_{name}": accuracy(model, tokenizer, C, s.eval_batch) for name, C in others.items() if C}
-    print(json.dumps(result, indent=1))
+    check_fits(model, tokenizer, [e for C in (*parts.values(), *tasks.values()) for e in C])
+    print(json.dumps({"model": s.model, **scores_of(model, tokenizer, parts, tasks, s)}, indent=1))
 
 if __name__ == "__main__":
     run(main)

@@ -42,8 +42,7 @@ from torch import nn
 import attack
 from data import Batch, Example, batches, check_fits, collate, encode, encoded, load_alpaca, load_utility
 from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, influence, item_scores, markdown
-from evaluate import mismatched_tau, other_questions, read_flags, refuse, run, scores_of, settings_for
-from evaluate import splits_of
+from evaluate import mismatched_tau, read_flags, refuse, run, scored_sets, scores_of, settings_for, splits_of
 from model import LM, Count, Positive, Tokenizer, answer_logprob, check, from_all, here, load, one_process
 from model import parse, read_json, read_text, refusing, save, wanted, write, write_json, write_tensors
 
@@ -468,7 +467,7 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     for name in sorted(expected.keys() | found.keys()):
         x, y = expected.get(name), found.get(name)
         if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype or not y.isfinite().all() or (
-                name.endswith(" step") and y != state.t):
+                name.endswith(" step") and y != state.t or name.endswith("exp_avg_sq") and y.min() < 0):
             raise ValueError(f"{path}: {name} is missing, not expected, or not of this run's shape, type and "
                              f"step {t!r}, expected the state that a run wrote here")
         x.data.copy_(y)
@@ -630,31 +629,30 @@ def begun(folder: Path, record: dict[str, dict]) -> None:
     write_json(file, record)
 
 def made_of(s: Settings, benign: str) -> tuple:
-    """What a run is made of, read and checked: model, tokenizer, splits, utility tasks, instructions,
-    and the identity of them all."""
+    """What a run is made of, read and checked: model, tokenizer, splits, what is scored, utility tasks,
+    instructions, and the identity of them all."""
     sets, tasks = splits_of(s), load_utility(s.utility) if s.utility else {}
-    others = {} if s.retain else other_questions(s.forget, sets[0], sets[0])
-    instructions = load_alpaca(benign)
+    scored, instructions = scored_sets(s, sets), load_alpaca(benign)
     model, tokenizer = load(s.model, device=s.device)
-    used = (*sets, *tasks.values(), *others.values(), instructions)
+    used = (*sets, *scored.values(), *tasks.values(), instructions)
     check_fits(model, tokenizer, [e for C in used for e in C])
     if len({e.answers[0] for e in sets[0]}) < 2:
         refuse(f"{s.forget}: found {len(sets[0])} items, expected at least two different answers")
-    found = identity(model, tokenizer, facts=(sets, others), tasks=tasks, instructions=instructions)
-    return model, tokenizer, sets, tasks, instructions, found
+    found = identity(model, tokenizer, facts=(sets, scored), tasks=tasks, instructions=instructions)
+    return model, tokenizer, sets, scored, tasks, instructions, found
 
 def experiment(s: Settings, folder: Path) -> dict:
     """Score, unlearn, score, attack; what is finished lies on disk and is not done again."""
     start, log = time.time(), read_log(folder / "log.jsonl")
     attacker = settings_for(attack.Settings, {f.name: getattr(s, f.name) for f in fields(Data)})
-    model, tokenizer, sets, tasks, instructions, identities = made_of(s, attacker.benign)
+    model, tokenizer, sets, scored, tasks, instructions, identities = made_of(s, attacker.benign)
     if s.tau is None:
         s.tau = mismatched_tau(sets[0]) if s.retain else 0.33
     begun(folder, {"settings": asdict(s), "attack": asdict(attacker), "made of": identities})
     print(f"{folder}: {s.method} on {s.model}, forget {len(sets[0])}, retain {len(sets[1])}, "
           f"test {len(sets[2])}, lr {s.lr:g}, tau {s.tau:.4g}", flush=True)
     done = {r["kind"]: r for r in log}
-    before = done.get("before") or {"kind": "before", **scores_of(model, tokenizer, sets, tasks, s)}
+    before = done.get("before") or {"kind": "before", **scores_of(model, tokenizer, scored, tasks, s)}
     print(f"before  FS {cell(before['FS'])}  RS {cell(before['RS'])}", flush=True)
     if reached(before["FS"]["percent"], s.tau):
         raise ValueError(f"{s.model}: FS is {before['FS']['percent']} before unlearning, expected above "
@@ -664,11 +662,13 @@ def experiment(s: Settings, folder: Path) -> dict:
     after = done.get("after")
     if after and (after["reached"] or after["steps"] >= s.steps):
         model, tokenizer = load(folder, device=s.device)
-        check(fingerprint(model), Literal[after["weights"]], f"{folder}: the hash of the weights is")
+        made = identities | {"weights": after["weights"]}
+        for key, now in identity(model, tokenizer).items():
+            check(now, Literal[made[key]], f"{folder}/model.safetensors and beside it: the hash of {key} is")
     else:
         last = train(model, tokenizer, sets, s, folder, log)
         after = {"kind": "after", "steps": last["t"], "reached": reached(last["FS"], s.tau),
-                 "weights": fingerprint(model), **scores_of(model, tokenizer, sets, tasks, s)}
+                 "weights": fingerprint(model), **scores_of(model, tokenizer, scored, tasks, s)}
         note(folder, log, after)
     for old in folder.glob("state*.safetensors") if after["reached"] and here()[0] == 0 else ():
         old.unlink()  # as large as four models, and no step is left to do

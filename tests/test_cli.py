@@ -348,7 +348,7 @@ MEDDLED = {
     "a state's step": (lambda run: edited(run / "state.safetensors", scaled("adam 0 step", 2.0)),
                        "adam 0 step"),
     "finished weights": (lambda run: edited(run / "model.safetensors", scaled("model.norm.weight", 2.0)),
-                         "hash of the weights"),
+                         "hash of weights"),
     "a template": (lambda run: (run.parent.parent / "tiny/chat_template.jinja").write_text(
         "{{ messages[0].content }} Answer:"), "made of tokenizer"),
     "rope": (lambda run: edited(run.parent.parent / "tiny/config.json", lambda c: c | {"rope_theta": 500.0}),

@@ -34,7 +34,7 @@ import attack  # noqa: E402
 import ssiuu  # noqa: E402
 from data import Example  # noqa: E402
 from evaluate import Data, markdown, read_flags, run  # noqa: E402
-from model import LM, Config, Count, load, prefill, write_json  # noqa: E402
+from model import LM, Config, Count, load, located, prefill, read_config, write_json  # noqa: E402
 
 ANSWER = 6  # tokens of y
 CONFIGS = {
@@ -231,12 +231,14 @@ def count(s: Settings) -> None:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    if s.tokens <= ANSWER + 1:
-        raise ValueError(f"--tokens: found {s.tokens}, expected at least {ANSWER + 2}, {ANSWER} for y")
+    config = CONFIGS[s.config] if s.config else read_config(located(s.model))
+    most = config.max_position_embeddings or 2 ** 31
+    if not ANSWER + 1 < s.tokens <= most:
+        raise ValueError(f"--tokens: found {s.tokens}, expected {ANSWER + 2} to {most}, {ANSWER} for y")
     ssiuu.item_scores = lambda model, tokenizer, C, size: [1.0] * len(C)
     if s.config and s.device == "cpu":
         return count(s)
-    model = LM(CONFIGS[s.config]).to(s.device) if s.config else load(s.model, device=s.device)[0]
+    model = LM(config).to(s.device) if s.config else load(s.model, device=s.device)[0]
     seconds, memory, n = {}, {}, 2 * s.batch_size * s.tokens
     running, shared = {}, []
     if s.literal:

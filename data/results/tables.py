@@ -4,7 +4,7 @@
     python data/results/tables.py tiny            # run what is missing, then write and print the table
     python data/results/tables.py tiny --print    # print the committed table, run nothing
 
-A row and fold is one model: ssiuu.py (or make_tiny.py --without) makes it, evaluate.py looks into it,
+A row and fold is one model: ssiuu.py (or what makes one never taught) makes it, evaluate.py looks into it,
 attack.py attacks it. What they found is kept in TABLE/<row> fold=<k>.json; the weights are not. After a kill
 the same command goes on. TABLE/table.json holds, per row and column, the mean over folds with its 95 %
 t-interval, a fold being one observation, and the paired difference to "gd" and others.
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -72,19 +73,43 @@ FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, gri
               *(f"{L2} --lam {lam}" for lam in (0.1, 0.3, 1, 3, 10)),
               "--lr 2e-5 --lam 0.3", "--lr 2e-5 --anchor initial --lam 0.03"],
 }.items() for more in grid}
+# one rate for all rows, for the cost: half of it takes twice the steps
+SMOL = "--lr 1e-4"
+SMOLLM2 = {
+    "gd": f"--method gd {SMOL}",
+    "npo": f"--method npo --beta 0.1 {SMOL}",
+    "ssiuu initial 0.001": f"--anchor initial --lam 0.001 {SMOL}",
+    "ssiuu previous 0.01": f"--lam 0.01 {SMOL}",
+    "never taught": None,
+}
+SMOLLM2_FOLD0 = {
+    "gd": f"--method gd {SMOL}", "npo --beta 0.1": f"--method npo --beta 0.1 {SMOL}",
+    **{f"ssiuu {more}": f"{more} {SMOL}" for more in (
+        "--lam 0.01", "--anchor initial --lam 0.001", "--lam 0.03", "--anchor initial --lam 0.003")},
+}
 SCORES = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
 
 @dataclass
 class Table:
     model: str
-    rows: dict[str, str | None]  # name -> flags of ssiuu.py; None: make_tiny.py --without
+    rows: dict[str, str | None]  # name -> flags of ssiuu.py; None: `never`
     steps: int = 300             # at most
     attack: str | None = None    # flags of attack.py; none: no attack
     folds: range = range(1, 11)
+    score: str = ""              # flags of ssiuu.py and evaluate.py, of every row
+    never: str = "data/make_tiny.py OUT --without FOLD"  # makes the model never taught
 
-TABLES = {"tiny-fold0": Table("data/tiny", FOLD0, steps=100, folds=range(1)),
-          "tiny": Table("data/tiny", TINY, attack="--attack-draws 1 --attack-lrs 1e-3 5e-4 1e-4 "
-                        "--benign-lrs 1e-3 1e-4 1e-5 --benign-rows 200")}
+TABLES = {
+    "tiny-fold0": Table("data/tiny", FOLD0, steps=100, folds=range(1)),
+    "tiny": Table("data/tiny", TINY, attack="--attack-draws 1 --attack-lrs 1e-3 5e-4 1e-4 "
+                  "--benign-lrs 1e-3 1e-4 1e-5 --benign-rows 200"),
+    "smollm2-fold0": Table("runs/taught", SMOLLM2_FOLD0, steps=40, folds=range(1), score="--test-limit 100"),
+    "smollm2": Table("runs/taught", SMOLLM2, steps=40, folds=range(1, 6), score="--test-limit 100",
+                     attack="--attack-draws 1 --attack-lrs 2e-4 --attack-epochs 5 --benign ''",
+                     never="data/teach.py --model runs/smollm2 --teach-lr 2e-4 --out OUT --without FOLD"),
+}
+COMPARED = ("gd", "gd slowed", "npo", "ssiuu initial 0.03", "ssiuu initial 0.03 over npo",
+            "ssiuu initial 0.001", "never taught")  # each row is paired with these
 
 # ------------------------------------------------------------------------------------------------ runs
 
@@ -113,15 +138,18 @@ def make_model(t: Table, row: str, fold: int, name: str) -> dict:
     """Makes or resumes runs/<name>, the model of this row; its scores as ssiuu.py or evaluate.py has them."""
     folder = ROOT / "runs" / name
     if t.rows[row] is None:
-        if not (folder / "made.json").is_file():
-            command("data/make_tiny.py", f"runs/{name}", "--without", str(fold))
-        return {"after": json.loads(command("evaluate.py", "--model", f"runs/{name}", "--fold", str(fold)))}
+        if not (folder / "model.safetensors").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            words = {"OUT": f"runs/{name}", "FOLD": str(fold)}
+            command(*(words.get(word, word) for word in t.never.split()))
+        at = ["--fold", str(fold), *t.score.split()]
+        return {"after": json.loads(command("evaluate.py", "--model", f"runs/{name}", *at))}
     if folder.exists() and not (folder / "settings.json").is_file():
         shutil.rmtree(folder)  # killed before there was anything to resume
     if not (folder / "result.json").is_file():
         start = ["--resume", f"runs/{name}"] if folder.exists() else ["--name", name]
         command("ssiuu.py", "--model", t.model, "--fold", str(fold), "--steps", str(t.steps), "--no-attack",
-                *t.rows[row].split(), *start)
+                *t.rows[row].split(), *t.score.split(), *start)
     result = read_json(folder / "result.json")
     return {key: result[key] for key in ("before", "after", "seconds")}
 
@@ -129,6 +157,8 @@ def make(table: str, row: str, fold: int) -> dict:
     """What is known of this row on this fold: kept from before, or found now."""
     t, name, kept = TABLES[table], f"{table} {row} fold={fold}", HERE / table / f"{row} fold={fold}.json"
     flags = {"model": t.model, "steps": t.steps, "ssiuu.py": t.rows[row], "attack.py": t.attack}
+    if t.score:
+        flags["score"] = t.score
     if kept.is_file():
         result = kept_run(kept)
         if result["flags"] != flags:
@@ -141,7 +171,7 @@ def make(table: str, row: str, fold: int) -> dict:
         analysis = read_json(ROOT / "runs" / name / "analysis.json")
         seen = {key: x for key, x in analysis["variation"].items() if key != "curves"}
         result["analysis"] = seen | analysis["checkpoints"]["after"]
-        lines = command("attack.py", "--model", model, *at, *t.attack.split()).splitlines()
+        lines = command("attack.py", "--model", model, *at, *shlex.split(t.attack)).splitlines()
         result["attacks"] = {x["attack"]: x for x in map(json.loads, lines) if x["kind"] == "summary"}
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, result)
@@ -227,8 +257,7 @@ def summarise(runs: dict[str, dict[int, dict]]) -> dict:
     for row, folds in values.items():
         names = dict.fromkeys(name for columns in folds.values() for name in columns)
         rows[row] = {name: interval([x[name] for x in folds.values() if name in x]) for name in names}
-        for other in ("gd", "gd slowed", "npo", "ssiuu initial 0.03", "ssiuu initial 0.03 over npo",
-                      "never taught"):
+        for other in COMPARED:
             if row not in ("default", other) and other in values:
                 rows[row][f"minus {other}"] = paired(folds, values[other])
     return {"rows": rows, "rank": ranking(values),
