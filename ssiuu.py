@@ -154,6 +154,7 @@ class Settings(Scored):
     first_order: bool = False             # leave the Hessian out of Eq. 13 and 14
     beta: Positive = 0.1                  # of DPO and NPO (C.2 (4): searched in 0.1 to 0.5)
     rmu_alpha: Positive = 100.0           # weight of RMU's retain term (C.2 (5): 20 to 300)
+    rmu_skip_first: bool = False          # leave out of RMU's loss each sequence's first token (often huge)
     klue_share: Share = 0.1               # share of FFN neurons that KLUE updates (C.2 (6))
     no_attack: bool = False               # leave out the attacks; attack.py tunes them
     offload: bool = False                 # Adam's moments and A_prev wait in host memory: less on the GPU
@@ -267,12 +268,14 @@ def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -
         wrong.append(attribution_of(pairs))
     return klue_mask(A, torch.stack(wrong), KLUE_ALPHA, s.klue_share)
 
-def rmu_step(model: LM, phi: Tensors, b: Batch, b_r: Batch, steer: tuple[Tensor, Tensors], alpha: float
+def rmu_step(model: LM, phi: Tensors, b: Batch, b_r: Batch, steer: tuple[Tensor, Tensors], s: Settings
              ) -> tuple[float, Tensors]:
     """Adds the gradient of RMU's loss to .grad: (L, [log P(y|x) of b]). The frozen model is this one with its
     old down_proj put back."""
     def states(batch: Batch) -> Tensor:  # -> (real tokens, D)
-        return model.hidden(batch.ids, blocks=rmu_layer(model) + 1)[batch.real()]
+        first = int(s.rmu_skip_first)
+        h = model.hidden(batch.ids, blocks=rmu_layer(model) + 1)
+        return h[:, first:][batch.real()[:, first:]]
 
     u, frozen = steer
     now = [p.data for p in phi]
@@ -283,7 +286,7 @@ def rmu_step(model: LM, phi: Tensors, b: Batch, b_r: Batch, steer: tuple[Tensor,
         for p, new in zip(phi, now):
             p.data = new
         logp = answer_logprob(model, b)
-    L = rmu_loss(states(b), states(b_r), h_r0, u, RMU_C, alpha)
+    L = rmu_loss(states(b), states(b_r), h_r0, u, RMU_C, s.rmu_alpha)
     L.backward()
     return L.item(), [logp]
 
@@ -384,7 +387,7 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         b = parts_of(rows, items, s.micro_batch, model.device, s.per_example)                    # l.2
         b_r = parts_of(rows_r, next(retain), s.micro_batch, model.device)                        # l.3
         if s.method == "rmu":  # one loss over both
-            L, logp_f = rmu_step(model, learning, b[0].batch, b_r[0].batch, state.steer, s.rmu_alpha)
+            L, logp_f = rmu_step(model, learning, b[0].batch, b_r[0].batch, state.steer, s)
             b, b_r = [], []
         one = forget_graph(model, b[0], phi, state, s) if len(b) == 1 else None                  # l.4
         A = batch_attribution(model, b, one, phi, s) if phi else {}                              # l.5

@@ -234,18 +234,19 @@ def test_klue_ranks_by_attribution_less_what_any_question_shows():
     assert mask.sum() == other.sum() and not torch.equal(mask, other)
 
 
-def test_rmu_counts_real_tokens_only_and_moves_down_proj_alone():
-    s, model, frozen = replace(S, method="rmu", rmu_alpha=7.0), toy(), toy()
+@pytest.mark.parametrize("skip", [0, 1])
+def test_rmu_counts_real_tokens_only_and_moves_down_proj_alone(skip):
+    s, model, frozen = replace(S, method="rmu", rmu_alpha=7.0, rmu_skip_first=bool(skip)), toy(), toy()
     state, rows = begin(model, Letters(), C_f, s), [*rows_of(C_f), *rows_of(C_r)]
     W = [p for p in model.parameters() if p.requires_grad]
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
         f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)]
     for w in W:  # as after some steps: the frozen model is no longer this one
         w.data += 0.05 * torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(1))
-    ssiuu.rmu_step(model, W, collate(rows[:5]), collate(rows[5:]), state.steer, s.rmu_alpha)
+    ssiuu.rmu_step(model, W, collate(rows[:5]), collate(rows[5:]), state.steer, s)
 
     def h(m, row):  # one at a time: no padding anywhere; block l = 1 is the last
-        return m.hidden(torch.tensor([row[0]]), blocks=2)[0]
+        return m.hidden(torch.tensor([row[0]]), blocks=2)[0, skip:]
 
     pull = torch.cat([h(model, r) for r in rows[:5]]) - 20 * state.steer[0]
     keep = torch.cat([h(model, r) - h(frozen, r).detach() for r in rows[5:]])
