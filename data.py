@@ -78,8 +78,8 @@ def load_rows(path: str | Path) -> list[tuple[str, dict]]:
 def plain(where: str, row: dict) -> Example:
     """A question and its answer, scored by ROUGE-L, whose words are of a to z and digits."""
     Answer = Annotated[str, ("letters a to z or digits", lambda x: re.search("[a-z0-9]", x.lower()))]
-    answer = check(text(row, "answer", where), Answer, f"{where}: found answer")
-    return Example(text(row, "question", where), [answer], where=where)
+    question, answer = text(row, "question", where), text(row, "answer", where)
+    return Example(question, [check(answer, Answer, f"{where}: found answer")], where=where)
 
 def load_tofu(path: str | Path) -> list[Example]:
     """TOFU's JSON lines: question, answer."""

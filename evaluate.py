@@ -456,6 +456,7 @@ def settings_for(kind: type, given: dict):
     own = check(sections.get(script, {}), dict, f"{file}: {script} is")
     for key, value in own.items():
         check(value, float | tuple[float, ...], f"{file}: {script} {key} is")
+    fill(kind, own, f"{file}: {script}")  # so that what a flag overrides is checked too
     s = fill(kind, paths | own | given, f"{file}: {script}")
     if used := [f"{key} {value}" for key, value in own.items() if key not in given]:
         print(f"{file} sets {', '.join(used)}", file=sys.stderr)

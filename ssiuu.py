@@ -546,10 +546,11 @@ def fingerprint(model: LM) -> str:
 
 def identity(model: LM, tokenizer: Tokenizer, **data) -> dict[str, str]:
     """What a run is made of: a resumed one must meet the same."""
-    data["tokenizer"] = tokenizer.tokens.to_str(), tokenizer.prompt("Who is it?"), tokenizer.answer("I")
-    data["config"] = replace(model.config, raw={}), tokenizer.stop_ids
+    said = tokenizer.prompt("Who is it?"), tokenizer.answer("I")
+    data["tokenizer or chat template"] = tokenizer.tokens.to_str(), said
+    data["config.json"] = replace(model.config, raw={}), tokenizer.stop_ids
     hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in data.items()}
-    return {"processes": str(here()[1]), "weights": fingerprint(model), **hashes}
+    return {"processes": str(here()[1]), "model.safetensors": fingerprint(model), **hashes}
 
 def provenance() -> dict:
     """What made a result: the commit, -dirty where code differs from it, the versions, the machine."""
@@ -665,9 +666,9 @@ def experiment(s: Settings, folder: Path) -> dict:
     after = done.get("after")
     if after and (after["reached"] or after["steps"] >= s.steps):
         model, tokenizer = load(folder, device=s.device)
-        made = identities | {"weights": after["weights"]}
+        made = identities | {"model.safetensors": after["weights"]}
         for key, now in identity(model, tokenizer).items():
-            check(now, Literal[made[key]], f"{folder}/model.safetensors and beside it: the hash of {key} is")
+            check(now, Literal[made[key]], f"{folder}: the hash of {key} is")
     else:
         last = train(model, tokenizer, sets, s, folder, log)
         after = {"kind": "after", "steps": last["t"], "reached": reached(last["FS"], s.tau),

@@ -100,8 +100,8 @@ def test_the_main_command_writes_the_papers_row(finished):
     assert kept["settings"] == result["settings"] and kept["attack"] == result["attack settings"]
     assert kept["settings"]["lr"] == 5e-4 and kept["attack"]["benign_rows"] == 8
     assert kept["attack"]["forget"] == kept["settings"]["forget"]
-    assert kept["made of"].keys() == {"processes", "weights", "config", "tokenizer", "facts", "tasks",
-                                      "instructions"}
+    assert kept["made of"].keys() == {"processes", "model.safetensors", "config.json",
+                                      "tokenizer or chat template", "facts", "tasks", "instructions"}
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -342,13 +342,19 @@ def scaled(name, by):
 MEDDLED = {
     "a state of NaN": (lambda run: edited(run / "state.safetensors", scaled("adam 0 exp_avg", float("nan"))),
                        "adam 0 exp_avg"),
+    "a state's second moment": (lambda run: edited(run / "state.safetensors", scaled("adam 0 exp_avg_sq", -1.0)),
+                                "adam 0 exp_avg_sq"),
     "a state cut short": (lambda run: (run / "state.safetensors").write_bytes(b"x"), "state.safetensors"),
     "a state that is a folder": (lambda run: ((run / "state.safetensors").unlink(),
                                               (run / "state.safetensors").mkdir()), "state.safetensors"),
     "a state's step": (lambda run: edited(run / "state.safetensors", scaled("adam 0 step", 2.0)),
                        "adam 0 step"),
     "finished weights": (lambda run: edited(run / "model.safetensors", scaled("model.norm.weight", 2.0)),
-                         "hash of weights"),
+                         "hash of model.safetensors"),
+    "a finished run's template": (lambda run: (run / "chat_template.jinja").write_text(
+        "{{ messages[0].content }} Answer:"), "runs/ssiuu-tiny: the hash of tokenizer or chat template"),
+    "a finished run's config": (lambda run: edited(run / "config.json", lambda c: c | {"rope_theta": 500.0}),
+                                "runs/ssiuu-tiny: the hash of config.json"),
     "a template": (lambda run: (run.parent.parent / "tiny/chat_template.jinja").write_text(
         "{{ messages[0].content }} Answer:"), "made of tokenizer"),
     "rope": (lambda run: edited(run.parent.parent / "tiny/config.json", lambda c: c | {"rope_theta": 500.0}),
@@ -389,6 +395,8 @@ def test_what_is_wrong_is_said_before_the_work_and_leaves_nothing(tmp_path, monk
         prepare(tmp_path, own)
         code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA)
         refused(code, "unlearn.json", word, "evaluate.py")
+    prepare(tmp_path, {"ssiuu.py": {"no_attack": 1}})  # what a flag overrides is checked all the same
+    refused(inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--no-attack"), "unlearn.json", "no_attack is 1")
 
 
 PAIR = ["--before", "tiny", "--after", "tiny"]
@@ -409,6 +417,7 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
     ("ssiuu.py", ["--device", "cuda:9"], ["--device"]),
     ("ssiuu.py", ["--device", "cpu:x"], ["--device", "cpu:x"]),
     ("ssiuu.py", ["--resume", "nowhere"], ["nowhere"]),
+    ("ssiuu.py", ["--resume", "nowhere", "--name", "x"], ["--name", "x"]),
     ("ssiuu.py", ["--tau", "1", "--test-limit", "4"], ["before unlearning"]),
     ("ssiuu.py", ["--splits", "."], ["forget_set_split.txt"]),
     ("ssiuu.py", ["--unknown", "1"], ["--unknown"]),
@@ -428,6 +437,7 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
     ("attack.py", ["--p", "0.1", "1.5"], ["--p", "1.5"]),
     ("attack.py", ["--attack-epochs", "0"], ["--attack-epochs"]),
     ("attack.py", ["--benign", "nowhere.json"], ["nowhere.json"]),
+    ("attack.py", ["--control", ""], ["--control"]),
     ("attack.py", ["--save", "file"], ["--save", "file"]),
 ])
 def test_bad_flags_end_in_one_line_and_a_status(tmp_path, monkeypatch, offline, script, flags, words):

@@ -113,6 +113,9 @@ def test_utility_files_in_upstreams_formats(tmp_path):
         Example("Who?", ["Me"], []), Example("Where?", ["Here"], [])]
     (tmp_path / "gsm8k_test.jsonl").unlink()
     assert "gsm8k" not in load_utility(tmp_path)
+    (tmp_path / "gsm8k_test.jsonl").symlink_to("nowhere")  # there, but dead
+    with pytest.raises(OSError, match="gsm8k_test.jsonl"):
+        load_utility(tmp_path)
 
 
 HELLA, ARC, WINO = (

@@ -42,9 +42,10 @@ def holding(words: str, kinds: dict):
         return not any(wanted(x.get(key), kind) for key, kind in kinds.items())
     return Annotated[dict, (words, fits)]
 
-def each(words: str, kind):
-    """The type of an object all of whose values are of a kind."""
-    return Annotated[dict, (words, lambda x: not any(wanted(y, kind) for y in x.values()))]
+def each(words: str, kind, keys: tuple[str, ...] = ()):
+    """The type of an object all of whose values are of a kind, and keys, if these are given, of `keys`."""
+    return Annotated[dict, (words, lambda x: not any(wanted(y, kind) for y in x.values())
+                            and x.keys() <= {*(keys or x)})]
 
 def even(words: str, kind):
     """The type of an object of a kind, whose values are lists of one length."""
@@ -56,6 +57,7 @@ SCORE = {"percent": float, "low": float, "high": float, "n": Count}
 Score = holding("a score", SCORE)
 SCORES = tuple[Score, ...]
 MODULES = even("a number a block for each module", each("lists of numbers", NUMBERS))
+MODELS = ("before", "after", "attacked")
 RANKS = even("lists of one length", holding("an object", {"rank": NUMBERS, "max": NUMBERS, "min": NUMBERS}))
 PAIRS = each("max and min of each pair", holding("an object", {"max": TRIPLE, "min": TRIPLE}))
 RESULT = {"settings.method": str, "settings.lam": float | None, "after.RS": Score}
@@ -63,12 +65,12 @@ ANALYSIS = {"n": Count, "variation.m": Count, "variation.neurons": Count, "varia
             "variation.D_neg": TRIPLE, "by_module.D_pos": MODULES, "by_module.D_neg": MODULES,
             "variation.curves": even("lists of one length", holding("an object", {
                 "m": NUMBERS, "D_pos": NUMBERS, "D_neg": NUMBERS})),
-            "attribution": each("rank, max and min of each model", RANKS), "attribution.before": RANKS,
-            "attribution.after": RANKS, "correlation": PAIRS, "checkpoints.before.lens": SCORES,
-            "checkpoints.after.lens": SCORES}
+            "attribution": each("rank, max and min of before, after, attacked", RANKS, MODELS),
+            "attribution.before": RANKS, "attribution.after": RANKS, "correlation": PAIRS,
+            "checkpoints.before.lens": SCORES, "checkpoints.after.lens": SCORES}
 CAUSAL = holding("m, FS and random_FS", {"m": Count, "FS": Score, "random_FS": Score})
 BEYOND = {"n": Count, "causal": tuple[CAUSAL, ...]}
-CELL = {"seed": int, "lr": float, "n": Count, "retrained": int}
+CELL = {"seed": int, "lr": float, "n": Count, "retrained": int, "p": float | None, "failed": str | None}
 CURVES = {"FS": NUMBERS, "logp": NUMBERS, "margin": NUMBERS}
 
 # ------------------------------------------------------------------------------------------- the runs

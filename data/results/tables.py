@@ -316,7 +316,7 @@ def show(table: dict, only: list[str] | None, minus: str | None) -> str:
     for row, columns in rows.items():
         for lines, found in ((means, columns), (less, columns.get(key))):
             if found:
-                most = found["FS"]["folds"]
+                most = max(found[name]["folds"] for name in found if name in names)
                 lines.append([row, str(most), *(shown(found.get(name), most) for name in names)])
     rank = [f"rank correlation of D- - D+ with {label}: {shown(x, 0)}" for label, x in table["rank"].items()]
     return "\n\n".join([markdown(means), *([markdown(less)] if less[1:] else []), *rank])
