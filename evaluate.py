@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -392,12 +393,16 @@ class Scored(Data):
     utility: str | None = None           # folder of the utility tasks' files (MMLU, ..., or TOFU's), for US
     utility_n: Count = 500               # items of each utility task (6.2.1)
 
+@cache
+def comments(kind: type) -> dict[str, str]:
+    """{field: the comment behind it} of a dataclass."""
+    source = "".join(inspect.getsource(each) for each in kind.__mro__[:-1])
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
+
 def read_flags(kind: type, doc: str, argv: list[str] | None = None):
     """Fills the dataclass `kind`: from flags, else from RESUME/settings.json, else as `settings_for`.
     ValueError in one line for what does not fit."""
-    types = get_type_hints(kind, include_extras=True)
-    source = "".join(inspect.getsource(each) for each in kind.__mro__[:-1])
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
+    types, helps = get_type_hints(kind, include_extras=True), comments(kind)
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
                                      epilog="MODEL/unlearn.json may set numbers; the first line says which.")
