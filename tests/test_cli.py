@@ -35,13 +35,15 @@ def prepare(folder, own=QUICK):
     (folder / "few").mkdir(exist_ok=True)
     for name, part in (("forget", range(6)), ("retaining", range(6, 14)), ("test", range(14, 18))):
         (folder / f"few/{name}_set_split.txt").write_text("\n".join(map(str, part)))
+    facts = json.loads((ROOT / "data/faithun.json").read_text())
+    (folder / "facts.json").write_text(json.dumps(dict(list(facts.items())[:7])))
     if not (folder / "tiny").exists():
         shutil.copytree(ROOT / "data/tiny", folder / "tiny")
     (folder / "tiny/unlearn.json").write_text(own if isinstance(own, str) else json.dumps(own))
     return folder
 
 
-DATA = ["--model", "tiny", "--forget", str(ROOT / "data/faithun.json"), "--splits", "few"]
+DATA = ["--model", "tiny", "--forget", "facts.json", "--splits", "few"]
 
 
 def inside(monkeypatch, folder, script, *flags):
@@ -425,7 +427,7 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
     ("ssiuu.py", ["--utility", "."], ["mmlu", "winogrande_dev.jsonl"]),
     ("ssiuu.py", ["--save-every", "0"], ["--save-every"]),
     ("ssiuu.py", ["--seed", "9223372036854775808"], ["--seed"]),
-    ("ssiuu.py", ["--retain", "nowhere.json"], ["faithun.json", "--retain"]),
+    ("ssiuu.py", ["--retain", "nowhere.json"], ["facts.json", "--retain"]),
     ("evaluate.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
     ("evaluate.py", ["--after", "tiny"], ["--before, --after"]),
     ("evaluate.py", ["--attacked", "tiny"], ["--before, --after"]),
