@@ -162,3 +162,11 @@ def test_all_facts_are_taught_but_those_of_a_fold_left_out():
     left_out = splits_of(teach.Settings(fold=1))[0]
     assert len(everything) == 664 and len(rest) == 664 - 33
     assert not [e for e in rest if e in left_out] and all(e in everything for e in left_out)
+
+
+def test_columns_of_a_run_that_was_looked_into_beyond_the_paper():
+    rate = lambda percent: {"percent": percent, "low": 0.0, "high": 100.0, "n": 33}
+    beyond = {"membership": {"after": {"loss": rate(70.0)}, "before": {"loss": rate(99.0)}},
+              "causal": [{"m": 30, "FS": rate(40.0), "random_FS": rate(31.0)}]}
+    assert tables.columns_of({"after": {"FS": rate(30.0)}, "beyond": beyond}) == {
+        "FS": 30.0, "AUC loss": 70.0, "FS 30 silent": 40.0, "FS 30 random": 31.0}

@@ -73,6 +73,8 @@ FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, gri
               *(f"{L2} --lam {lam}" for lam in (0.1, 0.3, 1, 3, 10)),
               "--lr 2e-5 --lam 0.3", "--lr 2e-5 --anchor initial --lam 0.03"],
 }.items() for more in grid}
+BEYOND = ("never taught", "gd", "npo", "ssiuu previous 0.3", "ssiuu initial 0.03",
+          "ssiuu initial 0.03 over npo")
 # one rate for all rows, for the cost: half of it takes twice the steps
 SMOL = "--lr 1e-4"
 SMOLLM2 = {
@@ -97,12 +99,14 @@ class Table:
     attack: str | None = None    # flags of attack.py; none: no attack
     folds: range = range(1, 11)
     score: str = ""              # flags of ssiuu.py and evaluate.py, of every row
+    beyond: bool = False         # beyond_paper.py too: membership, and FS with the neurons of D- silent
     never: str = "data/make_tiny.py OUT --without FOLD"  # makes the model never taught
 
 TABLES = {
     "tiny-fold0": Table("data/tiny", FOLD0, steps=100, folds=range(1)),
     "tiny": Table("data/tiny", TINY, attack="--attack-draws 1 --attack-lrs 1e-3 5e-4 1e-4 "
                   "--benign-lrs 1e-3 1e-4 1e-5 --benign-rows 200"),
+    "tiny-beyond": Table("data/tiny", {row: TINY[row] for row in BEYOND}, beyond=True),
     "smollm2-fold0": Table("runs/taught", SMOLLM2_FOLD0, steps=40, folds=range(1), score="--test-limit 100"),
     "smollm2": Table("runs/taught", SMOLLM2, steps=40, folds=range(1, 6), score="--test-limit 100",
                      attack="--attack-draws 1 --attack-lrs 2e-4 --attack-epochs 5 --benign ''",
@@ -129,7 +133,8 @@ def kept_run(file: Path) -> dict:
     for side in (after, result.get("before", {})):
         for name in ("FS", "RS", "retain"):
             check(side.get(name, {"percent": 0.0}).get("percent"), float, f"{file}: percent of {name} is")
-    kinds = {"commit": str | None, "flags": dict, "attacks": dict | None, "analysis": dict | None}
+    kinds = {"commit": str | None, "flags": dict, "attacks": dict | None, "analysis": dict | None,
+             "beyond": dict | None}
     for key, kind in kinds.items():
         check(result.get(key), kind, f"{file}: {key} is")
     return result
@@ -173,7 +178,10 @@ def make(table: str, row: str, fold: int) -> dict:
         result["analysis"] = seen | analysis["checkpoints"]["after"]
         lines = command("attack.py", "--model", model, *at, *shlex.split(t.attack)).splitlines()
         result["attacks"] = {x["attack"]: x for x in map(json.loads, lines) if x["kind"] == "summary"}
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    if t.beyond:
+        command("data/results/beyond_paper.py", "--before", t.model, "--after", model, *at)
+        beyond = read_json(ROOT / "runs" / name / "beyond.json")
+        result["beyond"] = {key: beyond[key] for key in ("membership", "causal")}
     write_json(kept, result)
     shutil.rmtree(ROOT / "runs" / name)
     return result
@@ -224,6 +232,11 @@ def columns_of(result: dict, side: str = "after") -> dict[str, float]:
     for label, found in result.get("attacks", {}).items():
         if "percent" in found:  # none where too little was answered falsely, or every retraining diverged
             values |= {label: found["percent"], f"{label} margin": found["margin_max"]}
+    for kind, found in result.get("beyond", {}).get("membership", {}).get("after", {}).items():
+        values[f"AUC {kind}"] = found["percent"]
+    for found in result.get("beyond", {}).get("causal", []):
+        values |= {f"FS {found['m']} silent": found["FS"]["percent"],
+                   f"FS {found['m']} random": found["random_FS"]["percent"]}
     if "analysis" in result:
         a = result["analysis"]
         values |= {name: a[name][0] for name in ("D_pos", "D_neg", "share")}
