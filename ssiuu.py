@@ -32,7 +32,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import reduce
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -66,17 +65,18 @@ def negative(A: Tensors) -> Tensors:
     """I^-, the parameters with negative attribution, as bool masks (Alg. 1 l.10)."""
     return [a < 0 for a in A]
 
-def change(a: Tensor, a_prev: Tensor, i: Tensor) -> Tensor:
+def delta(a: Tensor, a_prev: Tensor, i: Tensor) -> Tensor:
     """Delta of one tensor of parameters: its attribution's change on I^-, 0 elsewhere (Eq. 7)."""
     return (a - a_prev) * i
 
 def ssiuu_loss(A: Tensors, A_prev: Tensors, I_neg: Tensors) -> Tensor:  # -> ()
-    """L_SSIUU, squared change of negative attribution (Eq. 3, 6; Alg. 1 l.11). A_prev, I_neg: constants."""
-    return sum(change(*x).square().sum() for x in zip(A, A_prev, I_neg))
+    """L_SSIUU, squared change of negative attribution (Alg. 1 l.11; Eq. 6 where A is of one (x, y), Eq. 3
+    without its root). A_prev, I_neg: constants."""
+    return sum(delta(*x).square().sum() for x in zip(A, A_prev, I_neg))
 
 def weights(A: Tensors, A_prev: Tensors, I_neg: Tensors, lam: float) -> Tensors:
     """w = lam dL_SSIUU/dA = 2 lam Delta, for constant A (Eq. 10)."""
-    return [2 * lam * change(*x) for x in zip(A, A_prev, I_neg)]
+    return [2 * lam * delta(*x) for x in zip(A, A_prev, I_neg)]
 
 def surrogate(L: Tensor, A: Tensors, w: Tensors | None) -> Tensor:  # -> ()
     """L + sum_i w_i A_i, which has the gradient of J = L + lam L_SSIUU (Eq. 8, 9, 11; Alg. 1 l.13, l.14).
@@ -92,7 +92,8 @@ def ga_loss(logp_f: Tensor) -> Tensor:  # (B,) -> ()
     return logp_f.mean()
 
 def retain_loss(logp_r: Tensor) -> Tensor:  # (B,) -> ()
-    """The auxiliary loss: negative log-likelihood of the retain set, nats a sequence (C.2 (2) to (4))."""
+    """The auxiliary loss: negative log-likelihood of the retain set, nats a sequence (C.2 (2); ours for (3),
+    which is "to maintain logits", and (4))."""
     return -logp_r.mean()
 
 def gd_loss(logp_f: Tensor, logp_r: Tensor) -> Tensor:  # (B,), (B',) -> ()
@@ -140,7 +141,7 @@ Row = tuple[list[int], list[bool]]  # one encoded (x, y) of data.encode
 class Settings(Scored):
     method: Literal[METHODS] = "ssiuu"    # of Table 1; random: a mask of KLUE's size, its control
     backbone: Literal["gd", "ga", "dpo", "npo"] = "gd"  # the loss under SSIUU's penalty (C.2 (7))
-    lam: Amount = 1e-3                    # weight of the penalty (C.2 (7): 1e-3 FaithUn, 1e-4 TOFU)
+    lam: Amount | None = None             # weight of the penalty; 1e-3, with --retain 1e-4 (C.2 (7))
     lr: Rate = 1e-5                       # eta; unpublished: the lowest that still converges (6.1)
     steps: Count = 100                    # T, at most; unpublished
     tau: Amount | None = None             # stop at FS <= tau (6.1); 0.33, TOFU: computed (C.1: 0.1971)
@@ -255,7 +256,7 @@ def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings
 
 def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (n,) bool
     """KLUE's neurons in the order of `trained`: outputs of gate, up and down, ranked over all blocks."""
-    def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # Eq. 1, max over tokens, App. A's clamp
+    def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # Eq. 1, max over tokens, at least 0: ours
         A = influence(model, [encode(tokenizer, *pair) for pair in pairs], FFN)
         return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()])
 
@@ -325,17 +326,16 @@ def forget_graph(model: LM, part: Part, phi: Tensors, state: State, s: Settings)
     A = attribution(P, phi, not s.first_order) if phi else []                                    # l.5
     return Graph(L, A, logp.detach())
 
-def batch_attribution(model: LM, b: list[Part], one: Graph | None, phi: Tensors, s: Settings) -> dict:
-    """{key: A summed over its parts, as constants} (Alg. 1 l.5). `one`: the graph of an only part."""
+def batch_attribution(model: LM, b: list[Part], whole: Graph | None, phi: Tensors, s: Settings) -> dict:
+    """{key: A summed over its parts, as constants} (Alg. 1 l.5). `whole`: the graph of b, if that is one."""
+    if whole:
+        return {b[0].key: [a.detach() for a in whole.A]}
     A = {}
     for part in b:
-        P = None if one else P_of(answer_logprob(model, part.batch), s.target, phi, part.share)
-        constant = [a.detach() for a in (one.A if one else attribution(P, phi, hessian=False))]
+        P = P_of(answer_logprob(model, part.batch), s.target, phi, part.share)
+        constant = [a.detach() for a in attribution(P, phi, hessian=False)]
         A[part.key] = [x.add_(a) for x, a in zip(A[part.key], constant)] if part.key in A else constant
     return A
-
-def on(device: torch.device, A: Tensors) -> Tensors:
-    return [a.to(device) for a in A]
 
 def on_host(x: Tensor, room: Tensor | None = None) -> Tensor:
     """A copy of x in host memory, in `room` if that was given; page-locked where x is on CUDA."""
@@ -369,42 +369,42 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             state: State) -> Iterator[dict]:
     """Algorithm 1; yields the numbers of each step, the last one where FS <= tau (Section 6.1).
 
-    A baseline has its own loss, mask or step, and phi is empty. b' comes after b: its gradient never lies
-    beside a graph of b. l.14 is AdamW, not plain descent. FloatingPointError on NaN or infinity.
+    w needs A of all of b, so b is passed twice: A is summed as constants, then each part's graph is built and
+    left; one part's `whole` graph serves both. b' comes after b: its gradient never lies beside a graph of b.
+    A baseline has its own loss, mask or step, and no phi to penalise. FloatingPointError on NaN, infinity.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     phi = scope_of(model, s.scope) if s.method == "ssiuu" else []
     rows, rows_r = encoded(tokenizer, C_f), encoded(tokenizer, C_r)
-    forget, retain = (batches(len(C), s.batch_size or len(C_f), torch.Generator().manual_seed(s.seed + i))
-                      for i, C in enumerate((C_f, C_r)))
-    for _ in range(state.t):  # a resumed run draws on where it stopped
-        next(forget), next(retain)
+    forget, retain = (batches(len(C), s.batch_size or len(C_f), torch.Generator().manual_seed(s.seed + i),
+                              state.t) for i, C in enumerate((C_f, C_r)))
     scores = item_scores(model, tokenizer, C_f, s.eval_batch) if state.masks else []
     for state.t in range(state.t + 1, s.steps + 1):                                              # Alg. 1 l.1
-        start, items, L, logp_f, logp_r, L_ssiuu, w = time.time(), next(forget), 0.0, [], [], 0.0, {}
+        start, L, logp_f, logp_r, L_ssiuu, w = time.time(), 0.0, [], [], 0.0, {}
+        items, items_r = next(forget), next(retain)                                              # l.2, l.3
         if state.masks:  # KLUE leaves alone what is forgotten already
             items = [i for i in items if scores[i] > s.tau] or items
-        b = parts_of(rows, items, s.micro_batch, model.device, s.per_example)                    # l.2
-        b_r = parts_of(rows_r, next(retain), s.micro_batch, model.device)                        # l.3
-        if s.method == "rmu":  # one loss over both
+        b = parts_of(rows, items, s.micro_batch, model.device, s.per_example)
+        b_r = parts_of(rows_r, items_r, s.micro_batch, model.device)
+        if s.method == "rmu":  # one loss over both, and nothing is left to do for the parts
             L, logp_f = rmu_step(model, learning, b[0].batch, b_r[0].batch, state.steer, s)
             b, b_r = [], []
-        one = forget_graph(model, b[0], phi, state, s) if len(b) == 1 else None                  # l.4
-        A = batch_attribution(model, b, one, phi, s) if phi else {}                              # l.5
-        total = [reduce(torch.add, a) for a in zip(*A.values())]
+        whole = forget_graph(model, b[0], phi, state, s) if len(b) == 1 else None                # l.4
+        A = batch_attribution(model, b, whole, phi, s) if phi else {}                            # l.5
+        total = [sum(a[1:], a[0]) for a in zip(*A.values())]
         I_neg = negative(total) if s.penalise == "negative" else control(total, s.penalise, s.seed)  # l.10
         for key in [key for key in A if key in state.A_prev]:                                    # l.7: t > 1
-            A_prev = on(model.device, state.A_prev[key])
+            A_prev = [a.to(model.device) for a in state.A_prev[key]]
             L_ssiuu += ssiuu_loss(A[key], A_prev, I_neg).item()                                  # l.11
             w[key] = weights(A[key], A_prev, I_neg, s.lam)                                       # Eq. 10
         record = {"L_SSIUU": sum(from_all(L_ssiuu)), "I_neg": share_of(I_neg)} if A else {}
         remember(state, A, s)                                                                    # l.12
         A = total = I_neg = A_prev = None
         for part in b:
-            graph = one or forget_graph(model, part, phi if part.key in w else [], state, s)
+            graph = whole or forget_graph(model, part, phi if part.key in w else [], state, s)
             loss = surrogate(graph.L, graph.A, w.get(part.key))                                  # l.13
             L, logp_f = L + graph.L.item(), [*logp_f, graph.logp]
-            one = graph = None  # what is as large as the weights goes before there is more of it
+            whole = graph = None  # what is as large as the weights goes before there is more of it
             loss.backward()                                                                      # Eq. 11, 14
         w = loss = None
         for part in b_r if backbone_of(s) != "ga" else []:
@@ -415,10 +415,10 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         for p, mask in zip(learning, state.masks or []):
             p.grad *= mask
         record |= {"L": L, "P": torch.cat(logp_f).exp().mean().item(), "grad": gradient_norm(learning)}
-        if logp_r:
+        if logp_r:  # l.4 in one: the loop adds its two terms part by part
             record["L_GD"] = gd_loss(torch.cat(logp_f), torch.cat(logp_r)).item()
         check_finite(record, s)
-        state.optimizer.step()                                                                   # l.14
+        state.optimizer.step()                                                                   # l.14: AdamW
         state.optimizer.zero_grad()
         scores = item_scores(model, tokenizer, C_f, s.eval_batch)
         FS = round(100 * statistics.fmean(scores), 2)  # as logged: a resumed run stops where this one does
@@ -652,9 +652,12 @@ def experiment(s: Settings, folder: Path) -> dict:
     model, tokenizer, sets, scored, tasks, instructions, identities = made_of(s, attacker.benign)
     if s.tau is None:
         s.tau = mismatched_tau(sets[0]) if s.retain else 0.33
+    if s.lam is None:
+        s.lam = 1e-4 if s.retain else 1e-3
     begun(folder, {"settings": asdict(s), "attack": asdict(attacker), "made of": identities})
     print(f"{folder}: {s.method} on {s.model}, forget {len(sets[0])}, retain {len(sets[1])}, "
-          f"test {len(sets[2])}, lr {s.lr:g}, tau {s.tau:.4g}", flush=True)
+          f"test {len(sets[2])}, lr {s.lr:g}, lam {s.lam:g}, "
+          f"tau {s.tau:.4g}", flush=True)
     done = {r["kind"]: r for r in log}
     before = done.get("before") or {"kind": "before", **scores_of(model, tokenizer, scored, tasks, s)}
     print(f"before  FS {cell(before['FS'])}  RS {cell(before['RS'])}", flush=True)
@@ -690,11 +693,12 @@ def main() -> None:
     s = read_flags(Settings, __doc__)
     if s.method == "rmu" and (s.micro_batch or s.per_example):
         refuse("--micro-batch, --per-example: found with rmu, expected none: its loss is of whole batches")
+    if s.target == "weights" and s.per_example:
+        refuse("--per-example: found with --target weights, expected none: weights are of no example")
     if s.method in ("klue", "random") or s.penalise == "random":
         one_process(f"--method {s.method} --penalise {s.penalise}")
     folder = Path(s.resume) if s.resume else from_all(None if here()[0] else new_folder(s))[0]
-    lock = nullcontext() if here()[0] else held(folder, new=not s.resume)  # process 0 holds it for all
-    with lock:
+    with nullcontext() if here()[0] else held(folder, new=not s.resume):  # process 0 holds it for all
         result = experiment(s, folder)
     rows = {"Default": result["before"], s.method: {**result["after"], "attacks": result["attacks"]}}
     print(f"\n{table(rows)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)

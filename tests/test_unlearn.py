@@ -77,8 +77,8 @@ def follow(s, monkeypatch):
     model, oracle, drawn = toy(), Literal(s), []
     real = ssiuu.batches
 
-    def recorded(n, size, generator):
-        for items in real(n, size, generator):
+    def recorded(*args):
+        for items in real(*args):
             drawn.append(items)
             yield items
 

@@ -179,7 +179,7 @@ def maker() -> str:
     frame = sys._getframe(3)
     while frame:
         path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
-        if path.parent == ROOT and name not in ("<listcomp>", "change"):
+        if path.parent == ROOT and name not in ("<listcomp>", "delta"):
             return NAMES.get(name, name) if path.name != "model.py" else "activations"
         frame = frame.f_back
     return "phi"
