@@ -449,8 +449,9 @@ def flag(kind) -> dict:
 
 def settings_for(kind: type, given: dict):
     """The settings `given`, else what MODEL/unlearn.json sets for this command, under the name of its script,
-    else the defaults, paths as seen from here. The file sets numbers alone: a model that was downloaded may
-    not choose names, paths or devices. Said on stderr, so that nothing is set unseen."""
+    else the facts that a run was made with, where its model is looked into, else the defaults, paths as seen
+    from here. unlearn.json sets numbers alone: a model that was downloaded may not choose names, paths or
+    devices. Said on stderr, so that nothing is set unseen."""
     paths = {f.name: os.path.relpath(ROOT / f.default) for f in fields(kind)
              if isinstance(f.default, str) and (ROOT / f.default).exists()}
     model, script = (paths | given).get("model", "data/tiny"), Path(inspect.getfile(kind)).name
@@ -462,10 +463,19 @@ def settings_for(kind: type, given: dict):
     for key, value in own.items():
         check(value, float | tuple[float, ...], f"{file}: {script} {key} is")
     fill(kind, own, f"{file}: {script}")  # so that what a flag overrides is checked too
-    s = fill(kind, paths | own | given, f"{file}: {script}")
-    if used := [f"{key} {value}" for key, value in own.items() if key not in given]:
-        print(f"{file} sets {', '.join(used)}", file=sys.stderr)
-    return s
+    run = Path(given.get("after") or getattr(kind, "after", None) or model, "settings.json")
+    facts = {} if script == "ssiuu.py" or "forget" in given else facts_of(run)
+    for source, values in ((file, own), (run, facts)):
+        if used := [f"{key} {value}" for key, value in values.items() if key not in given]:
+            print(f"{source} sets {', '.join(used)}", file=sys.stderr)
+    return fill(kind, paths | facts | own | given, f"{file}: {script}")
+
+def facts_of(file: Path) -> dict:
+    """The flags of a run's settings.json that say which facts it forgot."""
+    was = check(read_json(file, default={}).get("settings", {}), dict, f"{file}: settings is")
+    facts = {key: was[key] for key in ("forget", "retain", "splits", "fold") if was.get(key) is not None}
+    fill(Data, facts, file)
+    return facts
 
 def check_device(device: str) -> None:
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -454,16 +454,14 @@ def fill(kind: type, values: dict, where: str | Path, ignore: bool = False):
 def refuse(message: str):
     raise ValueError(message)
 
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
 @contextmanager
 def refusing(what: str, kind: type = ValueError):
     """Any error inside ends as one of the type `kind`, in one line: `what`, and the error in brackets."""
     try:
         yield
     except Exception as e:  # bare Exception of tokenizers, many classes of the hub, anything of a template
-        raise kind(f"{what} ({one_line(e)})") from None
+        why = " ".join(f"{type(e).__name__}: {e}".split())
+        raise kind(f"{what} ({why:.300})") from None
 
 def read_text(path: str | Path) -> str:
     """UTF-8 whatever the locale, without its byte-order mark. ValueError for other encodings."""
@@ -477,13 +475,13 @@ def parse(text: str, where: str | Path):
     with refusing(f"{where}: not JSON that can be read"):
         return json.loads(text, parse_constant=refuse)
 
-def read_json(path: Path, kind: type = dict, default=None):
-    """The JSON value in `path`, which is a `kind`; `default`, if given, where there is no such file."""
+def read_json(path: Path, default: dict | None = None) -> dict:
+    """The JSON object in `path`; `default`, if given, where there is no such file."""
     if default is not None and not os.path.lexists(path):
         return default
     value = parse(read_text(path), path)
-    if wanted(value, kind):
-        raise ValueError(f"{path}: found {NAMES[type(value)]}, expected {NAMES[kind]}")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found {NAMES[type(value)]}, expected an object")
     return value
 
 def read_config(path: Path) -> Config:

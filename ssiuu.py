@@ -700,7 +700,8 @@ def main() -> None:
     folder = Path(s.resume) if s.resume else from_all(None if here()[0] else new_folder(s))[0]
     with nullcontext() if here()[0] else held(folder, new=not s.resume):  # process 0 holds it for all
         result = experiment(s, folder)
-    rows = {"Default": result["before"], s.method: {**result["after"], "attacks": result["attacks"]}}
+    name = s.method if result["after"]["reached"] else f"{s.method}, tau not reached"
+    rows = {"Default": result["before"], name: {**result["after"], "attacks": result["attacks"]}}
     print(f"\n{table(rows)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
 
 if __name__ == "__main__":

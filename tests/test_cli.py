@@ -344,8 +344,8 @@ def scaled(name, by):
 MEDDLED = {
     "a state of NaN": (lambda run: edited(run / "state.safetensors", scaled("adam 0 exp_avg", float("nan"))),
                        "adam 0 exp_avg"),
-    "a state's second moment": (lambda run: edited(run / "state.safetensors", scaled("adam 0 exp_avg_sq", -1.0)),
-                                "adam 0 exp_avg_sq"),
+    "a state's variance": (lambda run: edited(run / "state.safetensors", scaled("adam 0 exp_avg_sq", -1.0)),
+                           "adam 0 exp_avg_sq"),
     "a state cut short": (lambda run: (run / "state.safetensors").write_bytes(b"x"), "state.safetensors"),
     "a state that is a folder": (lambda run: ((run / "state.safetensors").unlink(),
                                               (run / "state.safetensors").mkdir()), "state.safetensors"),

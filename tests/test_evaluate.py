@@ -1,5 +1,6 @@
 """Scores against counts by hand, numpy-free formulas and one-at-a-time runs."""
 import dataclasses
+import json
 import math
 import random
 from pathlib import Path
@@ -99,9 +100,27 @@ def test_margin_by_plain_loops(tiny):
 def test_flags_take_the_models_own_values_unless_given(tmp_path, capsys):
     (tmp_path / "unlearn.json").write_text('{"ssiuu.py": {"lr": 0.5}, "attack.py": {"attack_lrs": [0.25]}}')
     s = evaluate.read_flags(ssiuu.Settings, "doc", ["--model", str(tmp_path)])
-    assert s.lr == 0.5 and s.lam == 1e-3 and "unlearn.json sets lr 0.5" in capsys.readouterr().err
+    assert s.lr == 0.5 and s.lam is None and "unlearn.json sets lr 0.5" in capsys.readouterr().err
     assert evaluate.read_flags(ssiuu.Settings, "doc", ["--model", str(tmp_path), "--lr", "0.2"]).lr == 0.2
     assert evaluate.read_flags(attack.Settings, "doc", ["--model", str(tmp_path)]).attack_lrs == (0.25,)
+
+
+@pytest.mark.parametrize("kind, flag", [(attack.Settings, "--model"), (evaluate.Settings, "--model"),
+                                        (evaluate.Settings, "--after")])
+def test_a_runs_model_is_looked_into_on_the_facts_that_it_forgot(tmp_path, capsys, kind, flag):
+    made = {"settings": {"forget": "mine.json", "retain": None, "splits": "few", "fold": 3, "lr": 0.5}}
+    (tmp_path / "settings.json").write_text(json.dumps(made))
+    s = evaluate.read_flags(kind, "doc", [flag, str(tmp_path)])
+    assert (s.forget, s.retain, s.splits, s.fold) == ("mine.json", None, "few", 3)
+    assert "settings.json sets forget mine.json, splits few, fold 3" in capsys.readouterr().err
+    assert evaluate.read_flags(kind, "doc", [flag, str(tmp_path), "--fold", "1"]).fold == 1
+    s = evaluate.read_flags(kind, "doc", [flag, str(tmp_path), "--forget", "other.json"])
+    assert (s.forget, s.splits, s.fold) == ("other.json", None, 0)
+    s = evaluate.read_flags(ssiuu.Settings, "doc", ["--model", str(tmp_path)])
+    assert s.fold == 0 and s.splits is None
+    (tmp_path / "settings.json").write_text('{"settings": {"fold": "x"}}')
+    with pytest.raises(ValueError, match="settings.json: fold is 'x'"):
+        evaluate.read_flags(kind, "doc", [flag, str(tmp_path)])
 
 
 def test_a_flag_is_text_where_its_type_takes_text(monkeypatch):

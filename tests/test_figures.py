@@ -52,7 +52,6 @@ def a_run(folder: Path, k: int, **settings) -> str:
     cells = [{"kind": "step", "t": 1}]
     for lr, best in ((1e-5, 10 * k), (1e-4, 20 * k)):
         cells += [a_cell(lr, seed, [99, best + seed, 0]) for seed in (0, 1)]
-        cells += [a_cell(lr, 0, [0, 90, 90], control="data/tiny")]
     write(folder / "log.jsonl", "".join(json.dumps(cell) + "\n" for cell in cells) + '{"kind": "harm')
     write(folder / "analysis.json", an_analysis(k))
     causal = [{"m": m, "FS": wilson(m / 10, 33), "random_FS": wilson(30, 33)} for m in (10, 100, 1000)]
@@ -133,9 +132,15 @@ def test_figure_7_is_lambda_and_the_rates(folders):
     a, b = figures.figure_7(figures.read_runs(folders)).axes
     assert curves(a) == {"retain set, n = 66": [90, 90], "test set, n = 464": [62, 63],
                          "Harmful p = 0.1, n = 21": [20, 30], "Harmful p = 0.3, n = 16": [40, 60]}
-    # per rate: the largest after the attack began, meaned over draws, without the control model
+    # per rate: the largest after the attack began, meaned over draws
     assert curves(b) == {"GD, n = 21": [10.5, 20.5], "SSIUU λ=0.01, n = 21": [20.5, 40.5],
                          "SSIUU λ=0.1, n = 21": [30.5, 60.5]}
+
+
+def test_another_tools_checkpoint_has_an_analysis_alone(tmp_path, command):
+    write(tmp_path / "theirs/analysis.json", an_analysis(1))
+    command(tmp_path / "theirs", "--out", tmp_path / "pictures")
+    assert {f"figure{i}.png" for i in (3, 4, 5, 6)} == {f.name for f in (tmp_path / "pictures").iterdir()}
 
 
 def test_a_rate_at_which_the_attack_diverges_has_no_point(tmp_path):

@@ -84,17 +84,17 @@ def steps(model: LM, s: Settings, method: str, shared: list) -> Iterator[dict]:
     tokenizer = RandomTokens(model.config.vocab_size, s.tokens)
     C_f = [Example(f"forget {i}", [f"y {i}"]) for i in range(s.batch_size)]
     C_r = [Example(f"retain {i}", [f"y {i}"]) for i in range(s.batch_size)]
-    settings = ssiuu.Settings(method=method, lr=1e-6, tau=0.0, steps=2 ** 31 - 1, micro_batch=s.micro_batch,
-                              offload=s.offload, target="logprob")  # P of random tokens is 0: no penalty
+    # log P for P, which is 0 of random tokens: there would be no penalty
+    settings = ssiuu.Settings(method=method, lr=1e-6, lam=1e-3, tau=0.0, steps=2 ** 31 - 1,
+                              micro_batch=s.micro_batch, offload=s.offload, target="logprob")
     state = ssiuu.begin(model, tokenizer, C_f, settings)
     shared.append(state.optimizer)
     state.optimizer = shared[0]
     yield from ssiuu.unlearn(model, tokenizer, C_f, C_r, settings, state)
 
-def literal_steps(model: LM, s: Settings) -> Iterator[None]:
+def literal_steps(c: Config, s: Settings) -> Iterator[None]:
     """Endless steps of Algorithm 1 line by line on transformers' model of the same config, random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    c = model.config
     config = AutoConfig.for_model(c.model_type, vocab_size=c.vocab_size, hidden_size=c.hidden_size,
                                   intermediate_size=c.intermediate_size, head_dim=c.head_dim,
                                   num_hidden_layers=c.num_hidden_layers, tie_word_embeddings=True,
@@ -238,13 +238,12 @@ def main() -> None:
     ssiuu.item_scores = lambda model, tokenizer, C, size: [1.0] * len(C)
     if s.config and s.device == "cpu":
         return count(s)
-    model = LM(config).to(s.device) if s.config else load(s.model, device=s.device)[0]
     seconds, memory, n = {}, {}, 2 * s.batch_size * s.tokens
     running, shared = {}, []
     if s.literal:
-        running, order = {"literal": literal_steps(model, s)}, ["literal"] * (2 + s.rounds)
-        del model
+        running, order = {"literal": literal_steps(config, s)}, ["literal"] * (2 + s.rounds)
     else:
+        model = LM(config).to(s.device) if s.config else load(s.model, device=s.device)[0]
         order = ["gd", "gd", "ssiuu", "ssiuu"] + ["gd", "ssiuu"] * s.rounds
     for method in order:
         start, peak = time.time(), peak_memory(s.device)
