@@ -112,8 +112,9 @@ TABLES = {
                      attack="--attack-draws 1 --attack-lrs 2e-4 --attack-epochs 5 --benign ''",
                      never="data/teach.py --model runs/smollm2 --teach-lr 2e-4 --out OUT --without FOLD"),
 }
-COMPARED = ("gd", "gd slowed", "npo", "ssiuu initial 0.03", "ssiuu initial 0.03 over npo",
-            "ssiuu initial 0.001", "never taught")  # each row is paired with these
+# each row is paired with these
+COMPARED = ("gd", "gd slowed", "npo", "klue", "ssiuu previous 0.3", "ssiuu initial 0.03",
+            "ssiuu initial 0.03 over npo", "ssiuu initial 0.001", "never taught")
 
 # ------------------------------------------------------------------------------------------------ runs
 
@@ -320,17 +321,17 @@ def show(table: dict, only: list[str] | None, minus: str | None) -> str:
     compared = [key.removeprefix("minus ") for key in keys if key.startswith("minus ")]
     if minus and minus not in compared:
         refuse(f"--minus: found {minus!r}, expected one of {', '.join(compared)}")
-    names = [key for key in keys if not key.startswith("minus ")]
+    every = [key for key in keys if not key.startswith("minus ")]
     for name in only or ():
-        if name not in names:
-            refuse(f"--columns: found {name!r}, expected some of {', '.join(names)}")
-    names, key = only or names, f"minus {minus or 'gd'}"
+        if name not in every:
+            refuse(f"--columns: found {name!r}, expected some of {', '.join(every)}")
+    names, key = only or every, f"minus {minus or 'gd'}"
     means, less = [["row", "folds", *names]], [[f"{key}, paired", "folds", *names]]
     for row, columns in rows.items():
         for lines, found in ((means, columns), (less, columns.get(key))):
             if found:
-                most = max(found[name]["folds"] for name in found if name in names)
-                lines.append([row, str(most), *(shown(found.get(name), most) for name in names)])
+                folds = max((found[name]["folds"] for name in found if name in every), default=0)
+                lines.append([row, str(folds), *(shown(found.get(name), folds) for name in names)])
     rank = [f"rank correlation of D- - D+ with {label}: {shown(x, 0)}" for label, x in table["rank"].items()]
     return "\n\n".join([markdown(means), *([markdown(less)] if less[1:] else []), *rank])
 
