@@ -5,6 +5,7 @@
 Dimensions: B sequences, K tokens.
 """
 import json
+import os
 import random
 import statistics
 import sys
@@ -30,6 +31,10 @@ class Harmful(Data):
     attack_batch: Count = 4               # of both attacks; unpublished
     attack_draws: Count = 3               # draws of the retrained rows (6.2.2: three runs)
 
+    def __post_init__(self):
+        if len({f"{p:g}" for p in self.p}) < len(self.p):
+            refuse(f"--p: found {self.p}, expected unlike fractions")
+
 @dataclass
 class Settings(Harmful):
     control: tuple[str, ...] | None = None  # attack these on the same items: the original, one never taught
@@ -53,7 +58,7 @@ def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator:
         batch = parts[next(order)[0]]
         loss = -answer_logprob(model, batch).mean()
         if not loss.isfinite():
-            raise FloatingPointError(f"retraining at {lr:g}: loss is {loss.item()}, expected a number")
+            raise FloatingPointError(f"loss is {loss.item()} at a rate of {lr:g}, expected a number")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -87,7 +92,7 @@ def attacked(model: LM, tokenizer: Tokenizer, key: dict, changes: Iterator, scor
             for _ in changes:
                 curve.append(measure())
     except FloatingPointError as e:
-        return key | {"failed": str(e)}
+        return key | {"failed": f"retraining at {key['lr']:g}: {e}"}
     finally:
         for w, w_start in zip(model.parameters(), start):
             w.data.copy_(w_start)
@@ -173,7 +178,7 @@ def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Setti
 
 def main() -> None:
     s, rows = read_flags(Settings, __doc__), []
-    if s.save and (s.control or Path(s.save).exists()):
+    if s.save and (s.control or os.path.lexists(s.save)):
         refuse(f"--save: found {s.save!r}, expected a new folder, and no --control")
     check_folder("--save", s.save or ".")
     instructions = load_alpaca(s.benign) if s.benign else []
@@ -189,6 +194,7 @@ def main() -> None:
     for i, name in enumerate((s.model, *map(str, controls))):
         if i:
             model, tokenizer = load(name, device=s.device)
+            check_fits(model, tokenizer, pool + instructions)
         found = attacks(model, tokenizer, pool, instructions, s,
                         lambda _, c: print(json.dumps({"model": name, **c}), flush=True))
         rows.append([name, *(cell(x) for x in found.values())])

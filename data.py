@@ -103,9 +103,12 @@ def load_alpaca(path: str | Path) -> list[Example]:
 
 def faithun_example(where: str, row: dict, entity: str) -> Example:
     question = text(check(row, dict, f"{where} is"), "question", where).strip()
-    answers, options = texts(row, "answers", where), texts(row, "false_answer_options", where)[:2]
-    unlike = {normalise(option) for option in options}
-    if len(unlike) < 2 or not unlike.isdisjoint(map(normalise, answers)):
+    answers, unlike = texts(row, "answers", where), {}
+    for option in texts(row, "false_answer_options", where):
+        unlike.setdefault(normalise(option), option)
+    unlike = dict(list(unlike.items())[:2])
+    options = list(unlike.values())
+    if len(unlike) < 2 or not set(unlike).isdisjoint(map(normalise, answers)):
         raise ValueError(f"{where}: found answers {answers} and false_answer_options {options}, "
                          "expected two false ones, unlike each other and every answer")
     relation = row.get("relation")
@@ -282,16 +285,20 @@ def encoded(tokenizer, examples: list[Example]) -> list[tuple[list[int], list[bo
     """`encode` of each example's question and first answer."""
     return [encode(tokenizer, e.question, e.answers[0]) for e in examples]
 
-def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example]) -> None:
+def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example], raw: bool = False) -> None:
     """ValueError with its row for an example whose longest sequence, Table 3 or the plain question with any
-    answer or option, cannot be tokenised or is more than the model takes."""
+    answer or option, cannot be tokenised, answered, or is more than the model takes. `raw`: the question is
+    the prompt, without a template."""
     places, size = model.config.max_position_embeddings or math.inf, model.config.vocab_size
     for e in examples:
         questions = [e.question, mcqa_prompt(e, random.Random(0))] if e.false_options else [e.question]
         with refusing(f"{e.where}: cannot be tokenised"):  # a lone surrogate; a template that refuses
-            prompts = [tokenizer.prompt(question) for question in questions]
+            prompts = [tokenizer.raw(e.question)] if raw else [tokenizer.prompt(q) for q in questions]
             answers = [tokenizer.answer(option) for option in (*e.answers, *e.false_options)]
         check(min(map(len, prompts)), Count, f"{e.where}: the length of its prompt is")
+        for answer, y in zip((*e.answers, *e.false_options), answers):
+            if len(y) < 2 or not set(y[:-1]).isdisjoint(tokenizer.stop_ids):
+                raise ValueError(f"{e.where}: found {answer!r:.60}, which is no token or holds an end token")
         length, last = max(map(len, prompts)) + max(map(len, answers)), max(map(max, prompts + answers))
         if length > places or last >= size:
             raise ValueError(f"{e.where}: found {length} tokens with ids up to {last}, expected no more than "

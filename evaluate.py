@@ -105,6 +105,8 @@ def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int =
         first, *false = (value / len(o) for value, o in zip(logp, row))
         truth.append(first)
         lead.append(first - max(false, default=0.0))
+    if not math.isfinite(sum(truth) + sum(lead)):
+        raise FloatingPointError("log P of an answer is no finite number: the model's logits overflow")
     return statistics.fmean(truth), statistics.fmean(lead)
 
 def other_questions(path: str, C: list[Example], C_f: list[Example]) -> dict[str, list[Example]]:
@@ -133,13 +135,17 @@ def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
     """C_f, C_r, C_t. FaithUn: one file and its split files. TOFU: --forget and --retain are its two files,
     and C_t the first 300 of C_r, as in its own code. `--test-limit` cuts C_t."""
     if s.retain:
+        if s.splits:
+            refuse(f"--splits: found {s.splits!r} beside --retain, expected one of the two")
         C_f, C_r = tofu_split(load_tofu(s.forget), load_tofu(s.retain), s.fold)
-        for e in C_r:
-            if e in C_f:
-                raise ValueError(f"{e.where}: found {e.question!r:.60}, a row of {s.forget} too")
-        return C_f, C_r, C_r[:s.test_limit or 300]
-    folder = s.splits or Path(s.forget).parent / "faithun_splits"
-    C_f, C_r, C_t = split(load_faithun(s.forget), folder, s.fold)
+        C_t = C_r[:300]
+    else:
+        folder = s.splits or Path(s.forget).parent / "faithun_splits"
+        C_f, C_r, C_t = split(load_faithun(s.forget), folder, s.fold)
+    forgotten = {(normalise(e.question), normalise(e.answers[0])) for e in C_f}
+    for e in (*C_r, *C_t):
+        if (normalise(e.question), normalise(e.answers[0])) in forgotten:
+            raise ValueError(f"{e.where}: found {e.question!r:.60} to be kept, which is to be forgotten too")
     return C_f, C_r, C_t[:s.test_limit]
 
 # --------------------------------------------------------------------------------- ROUGE-L and utility
@@ -181,8 +187,7 @@ def option_scores(model: LM, prompts: list, options: list, size: int = 64) -> li
 def chosen(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) -> list[bool]:
     """Per example: has the right option the highest log-probability per UTF-8 byte? A tie is no success."""
     options, hits = [(e.answers[0], *e.false_options) for e in examples], []
-    # tokens.encode: with the tokenizer's own start token, since no template brings it
-    scores = option_scores(model, [tokenizer.tokens.encode(e.question).ids for e in examples],
+    scores = option_scores(model, [tokenizer.raw(e.question) for e in examples],
                            [[tokenizer.encode(o) for o in row] for row in options], size)
     for row, logp in zip(options, scores):
         first, *rest = (value / len(o.strip().encode()) for value, o in zip(logp, row))
@@ -195,6 +200,11 @@ def solved(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) 
     numbers = [re.findall(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?", text) for text in texts]  # 5-3: no sign
     last = [float(x[-1].replace(",", "")) if x else math.nan for x in numbers]
     return [x == float(e.answers[0]) for x, e in zip(last, examples)]
+
+def check_tasks(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]]) -> None:
+    """`check_fits` of each task, as `utility` asks it."""
+    for examples in tasks.values():
+        check_fits(model, tokenizer, examples, raw=bool(examples[0].false_options))
 
 def utility(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]], n: int = 500, seed: int = 0,
             size: int = 16) -> dict:
@@ -324,14 +334,15 @@ def stability(a: Tensor, b: Tensor) -> dict:  # (2, S, n) twice
 def analyse(s: "Settings", paths: dict[str, str]) -> dict:
     """analysis.json: Sections 4 and 6.3 to 6.5 for two or three checkpoints {before, after, attacked}."""
     C_f, start, checkpoints, extremes, shapes = splits_of(s)[0], time.time(), {}, {}, {}
-    if len(C_f) < 2:
-        refuse(f"{s.forget}: found one item to forget, expected at least two, for the intervals over items")
+    if len({e.answers[0] for e in C_f}) < 2:
+        refuse(f"{s.forget}: found {len(C_f)} items, expected at least two different answers")
     for name, path in {name: located(path) for name, path in paths.items()}.items():
         model, tokenizer = load(path, device=s.device)
-        shapes[name] = {n: p.shape for n, p in model.named_parameters()}
-        if shapes[name] != shapes["before"]:
-            raise ValueError(f"{path}: found other weights than in {s.before}, expected the same model later")
         check_fits(model, tokenizer, C_f)
+        shapes[name] = [(n, p.shape) for n, p in model.named_parameters()], encoded(tokenizer, C_f)
+        if shapes[name] != shapes["before"]:
+            raise ValueError(f"{path}: found other weights or tokens than in {s.before}, expected the same "
+                             "model later")
         rows, wrong = encoded(tokenizer, C_f), encoded(tokenizer, distractors(C_f, s.seed))
         with torch.no_grad():
             P = [answer_logprob(model, collate([row], model.device)).exp().item() for row in rows]
@@ -453,7 +464,7 @@ def settings_for(kind: type, given: dict):
     from here. unlearn.json sets numbers alone: a model that was downloaded may not choose names, paths or
     devices. Said on stderr, so that nothing is set unseen."""
     paths = {f.name: os.path.relpath(ROOT / f.default) for f in fields(kind)
-             if isinstance(f.default, str) and (ROOT / f.default).exists()}
+             if str(f.default).startswith("data/") and (ROOT / f.default).exists()}
     model, script = (paths | given).get("model", "data/tiny"), Path(inspect.getfile(kind)).name
     file = Path(model, "unlearn.json")
     sections = read_json(file, default={})
@@ -471,11 +482,12 @@ def settings_for(kind: type, given: dict):
     return fill(kind, paths | facts | own | given, f"{file}: {script}")
 
 def facts_of(file: Path) -> dict:
-    """The flags of a run's settings.json that say which facts it forgot."""
+    """The flags of runs/<name>/settings.json that say which facts it forgot; paths as seen from here."""
     was = check(read_json(file, default={}).get("settings", {}), dict, f"{file}: settings is")
     facts = {key: was[key] for key in ("forget", "retain", "splits", "fold") if was.get(key) is not None}
     fill(Data, facts, file)
-    return facts
+    home = file.resolve().parent.parent.parent  # where runs/ lies, and the command was given
+    return {key: os.path.relpath(home / x) if isinstance(x, str) else x for key, x in facts.items()}
 
 def check_device(device: str) -> None:
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -493,6 +505,7 @@ def check_folder(flag: str, path: str | Path) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command: wrong input ends in one line on stderr and status 1, not in a traceback."""
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))  # closed by >&-
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode costs no result
     if distributed.is_available() and distributed.is_torchelastic_launched():  # by torchrun
@@ -546,13 +559,16 @@ def main() -> None:
         result = analyse(s, paths)
         write_json(folder / "analysis.json", result)
         return print(f"{summary(result)}\n{folder / 'analysis.json'}", flush=True)
+    if s.out:
+        refuse(f"--out: found {s.out!r}, expected it beside --before and --after")
     tasks, sets = load_utility(s.utility) if s.utility else {}, splits_of(s)
     parts = scored_sets(s, sets)
     if not s.retain:
         about_test = other_questions(s.forget, sets[2], sets[0])
         parts |= {f"test_{name}": C for name, C in about_test.items()}
     model, tokenizer = load(s.model, device=s.device)
-    check_fits(model, tokenizer, [e for C in (*parts.values(), *tasks.values()) for e in C])
+    check_fits(model, tokenizer, [e for C in parts.values() for e in C])
+    check_tasks(model, tokenizer, tasks)
     print(json.dumps({"model": s.model, **scores_of(model, tokenizer, parts, tasks, s)}, indent=1))
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime
@@ -321,16 +322,26 @@ class Tokenizer:
             self.tokens = tokenizers.Tokenizer.from_str(read_text(path / "tokenizer.json"))
         self.tokens.no_padding()
         self.tokens.no_truncation()
-        self.special, config = {}, read_json(path / "tokenizer_config.json", default={})
-        for key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"):
-            token = config.get(key)
-            token = token.get("content", token) if isinstance(token, dict) else token
-            if check(token, str | None, f"{path / 'tokenizer_config.json'}: {key} is"):
-                self.special[key] = token
+        if getattr(self.tokens.model, "dropout", None):
+            self.tokens.model.dropout = None  # BPE's: a text would have other ids each time
+        config = read_json(path / "tokenizer_config.json", default={})
+        self.special = self.special_tokens(config)
         self.template = chat_template(path, config.get("chat_template"))
         self.space = " " if self.template is None else self.after_prompt()
         self.stop_ids = self.ends()
         self.end_id = self.stop_ids[0]
+
+    def special_tokens(self, config: dict) -> dict[str, str]:
+        """{"bos_token": its text, ...} of tokenizer_config.json, or else of special_tokens_map.json."""
+        found, names = {}, ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+        config = read_json(self.path / "special_tokens_map.json", default={}) | config
+        for key in (f"{name}_token" for name in names):
+            token = config.get(key)
+            token = token.get("content", token) if isinstance(token, dict) else token
+            where = f"{self.path / 'tokenizer_config.json'} or special_tokens_map.json: {key} is"
+            if check(token, str | None, where):
+                found[key] = token
+        return found
 
     def ends(self) -> list[int]:
         """The eos_token's id, then eos_token_id of generation_config.json, or else of config.json."""
@@ -359,8 +370,15 @@ class Tokenizer:
     def prompt(self, question: str) -> list[int]:
         """x: the question as one user turn of the chat template, or in the plain form where there is none."""
         if self.template is None:
-            return self.tokens.encode(f"Question: {question}\nAnswer:").ids  # with the tokenizer's own start
+            return self.raw(f"Question: {question}\nAnswer:")
         return self.tokens.encode(self.render(question), add_special_tokens=False).ids
+
+    def raw(self, text: str) -> list[int]:
+        """The ids of a text to be gone on with: the tokenizer's own start token, but none that ends it."""
+        ids = self.tokens.encode(text).ids
+        while ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        return ids
 
     def answer(self, text: str) -> list[int]:
         """y: the answer's tokens and the end token, tokenised apart from x so that the boundary stays put."""
@@ -370,15 +388,16 @@ class Tokenizer:
         """The template with the user's turn, up to where the answer begins, or with both turns."""
         messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns)]
         with refusing(f"{self.path}: the chat template cannot be rendered"):
-            return self.template.render(messages=messages, tools=None, documents=None, enable_thinking=False,
+            text = self.template.render(messages=messages, tools=None, documents=None, enable_thinking=False,
                                         add_generation_prompt=len(turns) == 1, **self.special)
+        if turns[0].strip() not in text:
+            raise ValueError(f"{self.path}: the chat template leaves out or rewrites a part of the question")
+        return text
 
     def after_prompt(self) -> str:
         """The white space that the template puts between x and y: a space in Llama-2's and Mistral's."""
         question = "Who? " * 999 + "Why?"
         prompt = self.render(question)
-        if question not in prompt:
-            raise ValueError(f"{self.path}: the chat template leaves out a part of the question")
         with suppress(ValueError):  # a template may want the user's turn last
             if found := re.match(re.escape(prompt) + r"(\s*)Me", self.render(question, "Me")):
                 return found[1]
@@ -397,7 +416,7 @@ def chat_template(path: Path, source) -> jinja2.Template | None:
                                                        extensions=["jinja2.ext.loopcontrols"])
     date = datetime(2024, 7, 26)  # Llama 3 tells the model the date: a fixed one, so that runs repeat
     env.globals |= {"raise_exception": refuse, "strftime_now": date.strftime}
-    env.filters["tojson"] = lambda x, **form: json.dumps(x, ensure_ascii=False, **form)
+    env.filters["tojson"] = lambda x, **form: json.dumps(x, **{"ensure_ascii": False, **form})
     # {% generation %} marks text for a mask that is not needed here: a block that only opens a scope.
     source = re.sub(r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})", r"\1\2with\3", source)
     with refusing(f"{path}: the chat template cannot be read"):
@@ -471,9 +490,13 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
 
 def parse(text: str, where: str | Path):
-    """The JSON value in `text`. ValueError for anything else: NaN, Infinity, and nesting beyond all use."""
+    """The JSON value in `text`. ValueError for anything else: NaN, Infinity, a key twice, endless nesting."""
+    def unlike(pairs: list[tuple]) -> dict:
+        if repeated := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+            refuse(f"found the key {repeated[0]!r:.60} twice in one object")
+        return dict(pairs)
     with refusing(f"{where}: not JSON that can be read"):
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=unlike)
 
 def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in `path`; `default`, if given, where there is no such file."""
@@ -568,7 +591,7 @@ def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
     config["tie_word_embeddings"] = model.config.tie_word_embeddings
     write_json(path / "config.json", config)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
-                 "unlearn.json"):
+                 "special_tokens_map.json", "unlearn.json"):
         if (tokenizer.path / name).is_file():
             write(path / name, (tokenizer.path / name).read_bytes())
         else:  # an older checkpoint's: it would change how this one is read

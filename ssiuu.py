@@ -40,8 +40,9 @@ from torch import nn
 
 import attack
 from data import Batch, Example, batches, check_fits, collate, encode, encoded, load_alpaca, load_utility
-from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, influence, item_scores, markdown
-from evaluate import mismatched_tau, read_flags, refuse, run, scored_sets, scores_of, settings_for, splits_of
+from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, check_tasks, influence, item_scores
+from evaluate import markdown, mismatched_tau, read_flags, refuse, run, scored_sets, scores_of, settings_for
+from evaluate import splits_of
 from model import LM, Count, Positive, Tokenizer, answer_logprob, check, from_all, here, load, one_process
 from model import parse, read_json, read_text, refusing, save, wanted, write, write_json, write_tensors
 
@@ -457,11 +458,11 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     """Puts a saved state into `model` and `state`. ValueError unless it has just the tensors of this run."""
     with refusing(f"{path}: not a readable state"), safe_open(path, "pt") as file:  # on the host: it is large
         found, t = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("t", "")
+        keys = {int(name.split()[1]) for name in found if name.startswith("A_prev ")}
     room = on_host if s.offload else torch.empty_like
     if s.method == "ssiuu":
-        keys = {name.split()[1] for name in found if name.startswith("A_prev ")} if s.per_example else {"0"}
-        phi = scope_of(model, s.scope)
-        state.A_prev = {int(key): [room(p.detach()) for p in phi] for key in sorted(keys)}
+        phi, keys = scope_of(model, s.scope), keys if s.per_example else {0}
+        state.A_prev = {key: [room(p.detach()) for p in phi] for key in sorted(keys)}
     for group in state.optimizer.param_groups:
         for p in group["params"]:
             moments = {name: room(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
@@ -475,11 +476,13 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
                              f"step {t!r}, expected the state that a run wrote here")
         x.data.copy_(y)
 
-Percent = Annotated[dict, ("a score", lambda x: not wanted(x.get("percent"), float))]
+Percent = Annotated[dict, ("a score", lambda x: not any(wanted(x.get(key), float) for key in SCORE))]
+SCORE = ("percent", "low", "high", "n")
 Curve = Annotated[list, ("numbers", lambda x: len(x) > 1 and not wanted(x, tuple[float, ...]))]
 # what a resumed run reads of each kind of line in log.jsonl
-RECORDS = {"before": {"FS": Percent, "RS": Percent}, "step": {"t": Count, "FS": float},
-           "after": {"FS": Percent, "RS": Percent, "steps": Count, "reached": bool, "weights": str},
+SCORES = {"FS": Percent, "RS": Percent, "US": Percent | None}
+RECORDS = {"before": SCORES, "step": {"t": Count, "FS": float},
+           "after": SCORES | {"steps": Count, "reached": bool, "weights": str},
            "harmful": {"seed": int, "n": Count}, "benign": {"seed": int, "n": Count}}
 CURVES = {"FS": Curve, "logp": Curve, "margin": Curve}
 
@@ -522,7 +525,7 @@ def held(folder: Path, new: bool) -> Iterator[None]:
     """Inside, no other process works in this folder. The system frees the lock, however this one ends. A
     folder in which nothing was recorded is given back; an unforeseen error leaves its traceback there."""
     import fcntl  # not on Windows, where the rest can be imported
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -638,8 +641,10 @@ def made_of(s: Settings, benign: str) -> tuple:
     sets, tasks = splits_of(s), load_utility(s.utility) if s.utility else {}
     scored, instructions = scored_sets(s, sets), load_alpaca(benign)
     model, tokenizer = load(s.model, device=s.device)
-    used = (*sets, *scored.values(), *tasks.values(), instructions)
+    refusals = [Example(e.question, [REFUSAL], where=e.where) for e in sets[0] if backbone_of(s) == "dpo"]
+    used = (*sets, *scored.values(), refusals, [] if s.no_attack else instructions)
     check_fits(model, tokenizer, [e for C in used for e in C])
+    check_tasks(model, tokenizer, tasks)
     if len({e.answers[0] for e in sets[0]}) < 2:
         refuse(f"{s.forget}: found {len(sets[0])} items, expected at least two different answers")
     found = identity(model, tokenizer, facts=(sets, scored), tasks=tasks, instructions=instructions)
@@ -673,6 +678,8 @@ def experiment(s: Settings, folder: Path) -> dict:
         for key, now in identity(model, tokenizer).items():
             check(now, Literal[made[key]], f"{folder}: the hash of {key} is")
     else:
+        for old in ("result.json", "analysis.json", "beyond.json") if here()[0] == 0 else ():
+            (folder / old).unlink(missing_ok=True)  # of the weights before
         last = train(model, tokenizer, sets, s, folder, log)
         after = {"kind": "after", "steps": last["t"], "reached": reached(last["FS"], s.tau),
                  "weights": fingerprint(model), **scores_of(model, tokenizer, scored, tasks, s)}

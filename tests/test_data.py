@@ -331,3 +331,9 @@ def test_upstream_files_load_unchanged():
     assert len(load_tofu(UPSTREAM / "tofu/full.json")) == 4000
     assert len(load_tofu(UPSTREAM / "tofu/forget01.json")) == 40
     assert len(load_alpaca(UPSTREAM / "alpaca/alpaca_2000.json")) == 2000
+
+
+def test_the_first_two_unlike_false_options_count(tmp_path):
+    row = {"question": "Who?", "answers": ["A"], "false_answer_options": ["B", "b.", "C", "D"]}
+    (tmp_path / "f.json").write_text(json.dumps({"one": {"hop1_unlearn": [row]}}))
+    assert load_faithun(tmp_path / "f.json")[0].false_options == ["B", "C"]

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -107,20 +108,25 @@ def test_flags_take_the_models_own_values_unless_given(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind, flag", [(attack.Settings, "--model"), (evaluate.Settings, "--model"),
                                         (evaluate.Settings, "--after")])
-def test_a_runs_model_is_looked_into_on_the_facts_that_it_forgot(tmp_path, capsys, kind, flag):
+def test_a_runs_model_is_looked_into_on_the_facts_that_it_forgot(tmp_path, monkeypatch, capsys, kind, flag):
     made = {"settings": {"forget": "mine.json", "retain": None, "splits": "few", "fold": 3, "lr": 0.5}}
-    (tmp_path / "settings.json").write_text(json.dumps(made))
-    s = evaluate.read_flags(kind, "doc", [flag, str(tmp_path)])
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs/x/settings.json").write_text(json.dumps(made))
+    monkeypatch.chdir(tmp_path)
+    s = evaluate.read_flags(kind, "doc", [flag, "runs/x"])
     assert (s.forget, s.retain, s.splits, s.fold) == ("mine.json", None, "few", 3)
     assert "settings.json sets forget mine.json, splits few, fold 3" in capsys.readouterr().err
-    assert evaluate.read_flags(kind, "doc", [flag, str(tmp_path), "--fold", "1"]).fold == 1
-    s = evaluate.read_flags(kind, "doc", [flag, str(tmp_path), "--forget", "other.json"])
+    assert evaluate.read_flags(kind, "doc", [flag, "runs/x", "--fold", "1"]).fold == 1
+    s = evaluate.read_flags(kind, "doc", [flag, "runs/x", "--forget", "other.json"])
     assert (s.forget, s.splits, s.fold) == ("other.json", None, 0)
-    s = evaluate.read_flags(ssiuu.Settings, "doc", ["--model", str(tmp_path)])
+    s = evaluate.read_flags(ssiuu.Settings, "doc", ["--model", "runs/x"])
     assert s.fold == 0 and s.splits is None
-    (tmp_path / "settings.json").write_text('{"settings": {"fold": "x"}}')
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert evaluate.read_flags(kind, "doc", [flag, "../runs/x"]).forget == "../mine.json"
+    (tmp_path / "runs/x/settings.json").write_text('{"settings": {"fold": "x"}}')
     with pytest.raises(ValueError, match="settings.json: fold is 'x'"):
-        evaluate.read_flags(kind, "doc", [flag, str(tmp_path)])
+        evaluate.read_flags(kind, "doc", [flag, "../runs/x"])
 
 
 def test_a_flag_is_text_where_its_type_takes_text(monkeypatch):
@@ -161,3 +167,21 @@ def test_other_questions_of_the_forget_set(tiny):
     assert not asked & {e.question for part in found.values() for e in part}
     answers = {a for e in C_f for a in e.answers}
     assert all(set(e.answers) & answers for e in found["same_answer"] + found["paraphrased"])
+
+
+def test_a_fact_is_not_forgotten_and_kept(tmp_path):
+    row = lambda i, more="": {"question": f"What is {i}?{more}", "answers": [f"A{i}"],
+                              "false_answer_options": ["B", "C"]}
+    for name, part in (("forget", "0"), ("retaining", "1"), ("test", "2")):
+        (tmp_path / f"{name}_set_split.txt").write_text(part)
+    for rows, words in (([row(0), row(1), row(0, " ")], "hop1_unlearn.2."), ([row(0), row(0), row(2)], ".1.")):
+        (tmp_path / "f.json").write_text(json.dumps({"one": {"hop1_unlearn": rows}}))
+        with pytest.raises(ValueError, match=f"{words}.*to be forgotten too"):
+            evaluate.splits_of(evaluate.Data(forget=str(tmp_path / "f.json"), splits=str(tmp_path)))
+
+
+def test_a_margin_that_is_no_number_is_no_result(tiny):
+    model, tokenizer, (C_f, _, _) = tiny
+    with mock.patch.object(evaluate, "option_scores", lambda *args: [[math.nan, -1.0, -1.0]]):
+        with pytest.raises(FloatingPointError, match="overflow"):
+            margin(model, tokenizer, C_f[:1])

@@ -33,7 +33,7 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "", "{", "[NaN]", '{"a": -Infinity}', "[" * 99999, '{"a":' * 99999, "1" * 9999])
+    "", "{", "[NaN]", '{"a": 1, "a": 2}', '{"a": -Infinity}', "[" * 99999, '{"a":' * 99999, "1" * 9999])
 def test_what_is_not_json_is_refused(text):
     refused(ValueError, lambda: parse(text, "a.json"), "a.json", "JSON")
 

@@ -276,3 +276,36 @@ def test_rms_norm_stays_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         inside = norm(x)
     assert torch.equal(inside, norm(x))
+
+
+@pytest.mark.parametrize("inside", [
+    "{{ messages[0].content.split('\n')[0] }}", "{{ messages[0].content | replace('\n', ' ') }}",
+    "{{ messages[0].content | e }}"])
+def test_a_template_that_rewrites_a_question_is_refused(inside, tmp_path):
+    (checkpoint(tmp_path / "m") / "chat_template.jinja").write_text(inside)
+    tok = load(tmp_path / "m")[1]
+    tok.prompt("Who is it?")
+    refused(ValueError, lambda: tok.prompt("Who\nis <it>?"), "template", "question")
+
+
+def test_special_tokens_come_from_the_map_where_the_config_has_none(tmp_path):
+    m = checkpoint(tmp_path / "m")
+    (m / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    shown = load(m)[1].prompt("Who?")
+    edit(m / "tokenizer_config.json", bos_token=None, eos_token=None)
+    assert load(m)[1].prompt("Who?") == shown[1:]
+    edit(m / "special_tokens_map.json", bos_token={"content": "<s>"}, eos_token="</s>")
+    model, tok = load(m)
+    assert tok.prompt("Who?") == shown and tok.end_id == CHARS.index("</s>")
+    save(model, tok, tmp_path / "saved")
+    assert load(tmp_path / "saved")[1].prompt("Who?") == shown
+
+
+def test_a_prompt_has_no_end_token_though_the_tokenizer_appends_one(tmp_path):
+    m = checkpoint(tmp_path / "m")
+    plain = load(m)[1].prompt("Who?")
+    tok = tokenizers.Tokenizer.from_file(str(m / "tokenizer.json"))
+    tok.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[
+        ("</s>", CHARS.index("</s>"))])
+    tok.save(str(m / "tokenizer.json"))
+    assert load(m)[1].prompt("Who?") == plain and load(m)[1].raw("Who?") == load(m)[1].encode("Who?")
