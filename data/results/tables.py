@@ -60,6 +60,8 @@ TINY = {
     "random mask": "--method random --lr 5e-4",
     "ssiuu per example 0.1": "--lam 0.1 --per-example",
     "ssiuu logprob 0.1": "--lam 0.1 --target logprob",
+    "ssiuu logprob 0.1 positive": "--lam 0.1 --target logprob --penalise positive",
+    "ssiuu logprob 0.1 all": "--lam 0.1 --target logprob --penalise all",
 }
 FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, grid in {
     "ga": ["--lr 1e-5", "--lr 2e-5", "--lr 5e-5"],
@@ -70,6 +72,7 @@ FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, gri
     "klue": ["--lr 1e-4", "--lr 2e-4"], "random": ["--lr 2e-4", "--lr 5e-4"],
     "ssiuu": [*(f"--lam {lam}" for lam in (0.03, 0.1, 0.3, 1)),
               *(f"--anchor initial --lam {lam}" for lam in (0.003, 0.01, 0.03, 0.1)),
+              *(f"--target logprob --lam {lam}" for lam in (0.03, 0.1, 0.3, 1)),
               *(f"{L2} --lam {lam}" for lam in (0.1, 0.3, 1, 3, 10)),
               "--lr 2e-5 --lam 0.3", "--lr 2e-5 --anchor initial --lam 0.03"],
 }.items() for more in grid}
@@ -114,7 +117,7 @@ TABLES = {
 }
 # each row is paired with these
 COMPARED = ("gd", "gd slowed", "npo", "klue", "ssiuu previous 0.3", "ssiuu initial 0.03",
-            "ssiuu initial 0.03 over npo", "ssiuu initial 0.001", "never taught")
+            "ssiuu initial 0.03 over npo", "ssiuu logprob 0.1", "ssiuu initial 0.001", "never taught")
 
 # ------------------------------------------------------------------------------------------------ runs
 
