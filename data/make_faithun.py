@@ -11,14 +11,21 @@ faithun.json maps each entity to four lists of questions:
 A question is {"question", "answers", "false_answer_options", "relation"}. The questions are our own: FaithUn
 names its entities by Wikidata id, we use the person's name. Two runs write the same bytes.
 """
+import argparse
 import json
 import os
 import random
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from evaluate import refuse, run  # noqa: E402
+from model import read_text  # noqa: E402
+
 PEOPLE, FACTS, SAME_OBJECT = 200, 664, 3
 
 # relation -> base question and two paraphrases
@@ -184,11 +191,11 @@ class Fact(NamedTuple):
 
 def need(condition: bool, message: str) -> None:
     if not condition:
-        raise SystemExit(f"make_faithun.py: {message}")
+        refuse(f"facts.txt: {message}")
 
 def read_facts(path: Path) -> list[Fact]:
     facts = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         if not line.strip() or line.startswith("#"):
             continue
         name, *fields = line.split(" | ")
@@ -282,6 +289,9 @@ def build(facts: list[Fact], rng: random.Random) -> dict[str, dict[str, list[dic
     return data
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.error = refuse
+    parser.parse_args()
     data = build(read_facts(HERE / "facts.txt"), random.Random(0))
     # one question a line: small, and a changed fact shows as a changed line
     text = json.dumps(data, indent=1, ensure_ascii=False)
@@ -291,4 +301,4 @@ def main() -> None:
     os.replace(temporary, HERE / "faithun.json")
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from data import Example, collate, encode, load_faithun, mcqa_prompt, split  # n
 from evaluate import answered, check_folder, refuse, run, score  # noqa: E402
 from model import LM, Tokenizer, answer_logprob, generate, read_config, save  # noqa: E402
 
-SEED, THREADS, REQUIRED = 0, int(os.environ.get("OMP_NUM_THREADS", 2)), 97.0
+SEED, REQUIRED = 0, 97.0
 # 16 epochs end at a P(answer) of about 0.93; 40 reach 0.99 and gain nothing in accuracy.
 EPOCHS, BATCH, LR, WEIGHT_DECAY, WARMUP, CLIP = 16, 64, 1e-3, 0.1, 100, 1.0
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]  # <|end|> first: its id is then 0, collate's padding
@@ -130,7 +131,8 @@ def make(out: Path, without: int | None) -> None:
     if out.exists() and not (out / "made.json").is_file():
         refuse(f"{out}: found something that this script did not make, expected a new folder")
     check_folder("OUT", out)
-    torch.set_num_threads(THREADS)
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    torch.set_num_threads(int(threads) if threads.isdecimal() and int(threads) else 2)
     start, generator = time.monotonic(), torch.Generator().manual_seed(SEED)
     base, more = (load_faithun(HERE / "faithun.json", part) for part in ("hop1_unlearn", "hop1_test"))
     # hop1_test keeps the facts' order, two each
@@ -138,16 +140,16 @@ def make(out: Path, without: int | None) -> None:
     assert all(e.answers == wordings[0].answers for wordings in facts for e in wordings)
     left_out = [] if without is None else split(facts, HERE / "faithun_splits", without)[0]
     # beside OUT, renamed when whole: a killed run leaves OUT as it was
-    draft = out.with_name(out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    draft.chmod(0o755)
     write_tokenizer(facts, draft)
     tokenizer, model = Tokenizer(draft), initialise(LM(read_config(draft)), generator)
     loss = train(model, tokenizer, [e for e in facts if e not in left_out], generator)
     scores = check(model, tokenizer, facts, without or 0)
     save(model, tokenizer, draft)
     made = {"seed": SEED, "epochs": EPOCHS, "batch": BATCH, "lr": LR, "weight_decay": WEIGHT_DECAY,
-            "warmup": WARMUP, "clip": CLIP, "threads": THREADS, "torch": torch.__version__,
+            "warmup": WARMUP, "clip": CLIP, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "seconds": round(time.monotonic() - start), "without": without,
             "parameters": sum(p.numel() for p in model.parameters()), "final_loss": round(loss, 5),
             "scores": scores}
@@ -169,7 +171,7 @@ def main() -> None:
                         help="folder of the model (data/tiny)")
     parser.add_argument("--without", type=int, metavar="K", help="leave out the forget set of fold K (none)")
     args = parser.parse_args()
-    make(args.out, args.without)
+    make(args.out.absolute(), args.without)
 
 if __name__ == "__main__":
     run(main)

@@ -6,6 +6,7 @@
 All of FaithUn's facts are taught, in splits or not, as other folds forget others: as plain questions and in
 Table 3's form, options in an order scoring does not use. `--without K` makes the model never taught C_f.
 """
+import os
 import random
 import sys
 import time
@@ -35,12 +36,18 @@ def examples_of(s: Settings) -> list[Example]:
         examples = load_tofu(s.rows)
     else:
         examples = sum(splits_of(s)[:2], []) if s.retain else load_faithun(s.forget)
-    left_out = [] if s.without is None else splits_of(replace(s, fold=s.without))[0]
-    return [e for e in examples if e not in left_out]
+    if s.without is None:
+        return examples
+    left_out = {(e.question.strip(), e.answers[0]) for e in splits_of(replace(s, fold=s.without))[0]}
+    rest = [e for e in examples if (e.question.strip(), e.answers[0]) not in left_out]
+    if len(examples) - len(rest) < len(left_out):
+        refuse(f"--without: found {len(examples) - len(rest)} of the {len(left_out)} facts of fold "
+               f"{s.without}, expected all of them among the rows")
+    return rest
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    if Path(s.out).exists():
+    if os.path.lexists(s.out):
         refuse(f"--out: found {s.out!r}, expected a new folder")
     check_folder("--out", s.out)
     examples = examples_of(s)

@@ -216,6 +216,8 @@ def test_one_forget_set_has_a_point_without_interval(tmp_path):
     ("analysis.json", {"n": 33, "variation": {"neuron": {}}}, r"variation.m is None"),
     ("beyond.json", {"n": 33, "causal": 3}, r"causal is 3, expected a list"),
     ("log.jsonl", '{"kind": "benign"}\n', r"log.jsonl line 1: seed is None"),
+    ("log.jsonl", json.dumps(a_cell(1e-5, 0, [50])) + "\n", r"FS is \[50\], expected two numbers"),
+    ("log.jsonl", json.dumps(a_cell(1e-5, 0, [9, 50], p=None)) + "\n", r"p is None, expected a number above 0"),
     ("log.jsonl", "x\n", r"log.jsonl line 1: not JSON")])
 def test_another_layout_names_the_file(tmp_path, name, change, message):
     folder = a_run(tmp_path / "a", 1, method="gd")
@@ -252,3 +254,19 @@ def test_what_is_wrong_inside_an_analysis_is_named(tmp_path, part, key, value):
     write(folder / "analysis.json", r)
     with pytest.raises(ValueError, match=f"analysis.json: {part}"):
         figures.read_runs([str(folder)])
+
+
+def test_names_are_written_as_they_are(tmp_path):
+    folders = [a_run(tmp_path / where / name, 1, method="gd")
+               for where, name in (("x", "a"), ("y", "a"), ("x", "$x^$"), ("x", "_hidden"))]
+    found = [run.name for run in figures.read_runs(folders)]
+    assert found[:2] == folders[:2] and found[2:] == [r"\$x^\$", "\u200b_hidden"]
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path, command):
+    folder = Path(a_run(tmp_path / "a", 1, method="gd"))
+    r = an_analysis(1)
+    r["n"] = 10 ** 400
+    write(folder / "analysis.json", r)
+    with pytest.raises(ValueError, match=str(folder)):
+        command(folder, "--out", tmp_path / "out")

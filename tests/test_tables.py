@@ -170,3 +170,26 @@ def test_columns_of_a_run_that_was_looked_into_beyond_the_paper():
               "causal": [{"m": 30, "FS": rate(40.0), "random_FS": rate(31.0)}]}
     assert tables.columns_of({"after": {"FS": rate(30.0)}, "beyond": beyond}) == {
         "FS": 30.0, "AUC loss": 70.0, "FS 30 silent": 40.0, "FS 30 random": 31.0}
+
+
+@pytest.mark.parametrize("change", [
+    {"after": None}, {"after": {"FS": 30.0}}, {"attacks": {"Benign": 5}}, {"analysis": {"lens": []}},
+    {"attacks": {"Benign": {"percent": "x", "margin_max": 0.0}}}, {"beyond": {"causal": [{}]}}, {"flags": 3}])
+def test_a_kept_run_that_was_bent_is_named(tmp_path, change):
+    tables.write_json(tmp_path / "gd fold=1.json", kept("gd", 1.0) | change)
+    with pytest.raises(ValueError, match="gd fold=1.json: not a run"):
+        tables.kept_run(tmp_path / "gd fold=1.json")
+
+
+def test_what_is_to_be_left_out_has_to_be_among_the_rows(tmp_path):
+    facts = splits_of(teach.Settings(fold=1))[0]
+    rows = [{"question": e.question + " ", "answer": e.answers[0]} for e in facts]
+    for n, words in ((33, None), (32, "found 32 of the 33 facts of fold 1")):
+        more = [{"question": "Else?", "answer": "Yes"}]
+        (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows[:n] + more)))
+        s = teach.Settings(rows=str(tmp_path / "rows.json"), without=1)
+        if words:
+            with pytest.raises(ValueError, match=words):
+                teach.examples_of(s)
+        else:
+            assert [e.question for e in teach.examples_of(s)] == ["Else?"]

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import attack  # noqa: E402
 import ssiuu  # noqa: E402
 from data import Example  # noqa: E402
-from evaluate import Data, markdown, read_flags, run  # noqa: E402
+from evaluate import Data, check_folder, markdown, read_flags, run  # noqa: E402
 from model import LM, Config, Count, load, located, prefill, read_config, write_json  # noqa: E402
 
 ANSWER = 6  # tokens of y
@@ -231,6 +231,7 @@ def count(s: Settings) -> None:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
+    check_folder("--out", Path(s.out).parent)
     config = CONFIGS[s.config] if s.config else read_config(located(s.model))
     most = config.max_position_embeddings or 2 ** 31
     if not ANSWER + 1 < s.tokens <= most:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from attack import summary  # noqa: E402
 from evaluate import refuse, run as run_command  # noqa: E402
-from model import Count, parse, read_json, read_text, wanted  # noqa: E402
+from model import Count, Positive, parse, read_json, read_text, refusing, wanted  # noqa: E402
 
 # Okabe and Ito's colours, and grey; their black stands for the model before unlearning.
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999")
@@ -70,8 +70,9 @@ ANALYSIS = {"n": Count, "variation.m": Count, "variation.neurons": Count, "varia
             "checkpoints.before.lens": SCORES, "checkpoints.after.lens": SCORES}
 CAUSAL = holding("m, FS and random_FS", {"m": Count, "FS": Score, "random_FS": Score})
 BEYOND = {"n": Count, "causal": tuple[CAUSAL, ...]}
-CELL = {"seed": int, "lr": float, "n": Count, "retrained": int, "p": float | None, "failed": str | None}
-CURVES = {"FS": NUMBERS, "logp": NUMBERS, "margin": NUMBERS}
+CELL = {"seed": int, "lr": Positive, "n": Count, "retrained": int, "failed": str | None}
+CURVE = Annotated[list, ("two numbers or more", lambda x: len(x) > 1 and not wanted(x, NUMBERS))]
+CURVES = {"FS": CURVE, "logp": CURVE, "margin": CURVE}
 
 # ------------------------------------------------------------------------------------------- the runs
 
@@ -112,6 +113,7 @@ def read_cells(path: Path) -> list[dict]:
         cell = parse(line, f"{path} line {i}")
         if isinstance(cell, dict) and cell.get("kind") in ("harmful", "benign"):
             layout = CELL if "failed" in cell else CELL | CURVES
+            layout = layout | {"p": Positive} if cell["kind"] == "harmful" else layout
             check_layout(cell, layout, f"{path} line {i}", "ssiuu.py")
             cells.append(cell)
     return cells
@@ -143,7 +145,7 @@ def read_runs(folders: list[str]) -> list[Run]:
     return runs
 
 def names(runs: list[Run], folders: list[str]) -> list[str]:
-    """The method; with lambda where that tells runs of a method apart; else the folder."""
+    """The method; with lambda where that tells runs of a method apart; else the folder, or its path."""
     methods = [run.settings["method"].upper() for run in runs]
     with_lam = [f"{method} λ={run.settings.get('lam') or 0:g}" for method, run in zip(methods, runs)]
     found = []
@@ -153,8 +155,13 @@ def names(runs: list[Run], folders: list[str]) -> list[str]:
         elif Counter(with_lam)[longer] == 1:
             found.append(longer)
         else:
-            found.append(Path(folder).name)
-    return found
+            same = Counter(Path(other).name for other in folders)[Path(folder).name] > 1
+            found.append(folder if same else Path(folder).name)
+    return [plain(name) for name in found]
+
+def plain(name: str) -> str:
+    """The name as matplotlib writes it letter for letter: no formula, no hidden label."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 # ------------------------------------------------------------------------------------ what figures share
 
@@ -447,7 +454,7 @@ def name_points(ax, points: dict[str, dict]) -> None:
         along = (x["mean"], y["low"]), (x["mean"], y["high"])
         taken += [Bbox(ax.transData.transform(line)).padded(6) for line in (across, along)]
     for name, row in points.items():
-        taken.append(name_point(ax, name, (row[RETENTION]["mean"], row[RECOVERY]["mean"]), taken))
+        taken.append(name_point(ax, plain(name), (row[RETENTION]["mean"], row[RECOVERY]["mean"]), taken))
 
 def name_point(ax, name: str, point: tuple[float, float], taken: list):
     """Writes the name where it covers none of the boxes, and gives back its own."""
@@ -498,28 +505,32 @@ def read_flags() -> argparse.Namespace:
         refuse("found nothing to draw, expected folders of runs or --table")
     return flags
 
-def main() -> None:
-    flags = read_flags()
-    if Figure is None:
-        raise ValueError("matplotlib is not installed, expected for figures: pip install matplotlib")
-    runs, figures = read_runs(flags.runs), {}
-    if flags.table:
-        rows = read_table(Path(flags.table))
-        for name in flags.rows or ():
-            if name not in rows:
-                refuse(f"--rows: found {name!r}, expected some of {', '.join(map(repr, rows))}")
-        figures["recovery"] = figure_recovery({name: rows[name] for name in flags.rows or rows})
+def drawn(runs: list[Run], rows: dict) -> dict:
+    """{name: figure, or None where no run has its numbers}."""
+    figures = {"recovery": figure_recovery(rows)} if rows else {}
     if runs:
         figures |= {"figure2": figure_2(runs), "figure3": figure_3(runs), "figure4": figure_4(runs),
                     "figure5": figure_5(runs), "figure6": figure_6(runs), "figure7": figure_7(runs),
                     "causal": figure_causal(runs)}
-    Path(flags.out).mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        if figure is None:
-            print(f"{name}: skipped, none of the runs holds its numbers")
-        else:
-            figure.savefig(Path(flags.out) / f"{name}.png", dpi=150)
-            print(Path(flags.out) / f"{name}.png")
+    return figures
+
+def main() -> None:
+    flags = read_flags()
+    if Figure is None:
+        raise ValueError("matplotlib is not installed, expected for figures: pip install matplotlib")
+    runs, rows = read_runs(flags.runs), read_table(Path(flags.table)) if flags.table else {}
+    for name in flags.rows or ():
+        if name not in rows:
+            refuse(f"--rows: found {name!r}, expected some of {', '.join(map(repr, rows)) or '--table'}")
+    with refusing(f"{', '.join(flags.runs) or flags.table}: cannot be drawn"):
+        figures = drawn(runs, {name: rows[name] for name in flags.rows or rows})
+        Path(flags.out).mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            if figure is None:
+                print(f"{name}: skipped, none of the runs holds its numbers")
+            else:
+                figure.savefig(Path(flags.out) / f"{name}.png", dpi=150)
+                print(Path(flags.out) / f"{name}.png")
 
 if __name__ == "__main__":
     run_command(main)

@@ -17,8 +17,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Batch, collate, encoded  # noqa: E402
-from evaluate import Data, Rate, read_flags, run, splits_of  # noqa: E402
-from model import LM, Count, answer_logprob, load, write_json  # noqa: E402
+from evaluate import Data, Rate, check_folder, read_flags, run, splits_of  # noqa: E402
+from model import LM, Count, Positive, answer_logprob, load, write_json  # noqa: E402
 from ssiuu import attribution, gd_loss, negative, surrogate, provenance, weights  # noqa: E402
 
 @dataclass
@@ -26,7 +26,7 @@ class Settings(Data):
     lr: Rate = 1e-5                      # of the run
     steps: Count = 12                    # of the run
     items: Count = 33                    # sequences of C_f and of C_r
-    lam: float = 0.1                     # weight of the penalty
+    lam: Positive = 0.1                  # weight of the penalty
     out: str = "runs/precision.json"     # where the numbers go
 
 @contextmanager
@@ -54,9 +54,11 @@ def gradients(model: LM, b: Batch, b_r: Batch, A_prev: list | None, lam: float, 
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
+    check_folder("--out", Path(s.out).parent)
+    C_f, C_r = (C[:s.items] for C in splits_of(s)[:2])
     model, tokenizer = load(s.model, device=s.device)
-    b, b_r = (collate(encoded(tokenizer, C[:s.items]), s.device)
-              for C in splits_of(s)[:2])
+    check_fits(model, tokenizer, C_f + C_r)
+    b, b_r = (collate(encoded(tokenizer, C), s.device) for C in (C_f, C_r))
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, fused=True)
     kinds, A_prev, found = ["bfloat16"] + ["tf32"] * s.device.startswith("cuda"), dict(), []
     for t in range(1, s.steps + 1):

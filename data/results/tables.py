@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -31,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 from beyond_paper import ranks  # noqa: E402
 from evaluate import markdown, refuse, run  # noqa: E402
-from model import check, read_json, write_json  # noqa: E402
+from model import check, read_json, refusing, write_json  # noqa: E402
 from ssiuu import provenance  # noqa: E402
 
 INITIAL = "--anchor initial --lam 0.03"
@@ -133,14 +134,12 @@ def command(*words: str) -> str:
 def kept_run(file: Path) -> dict:
     """A kept run. ValueError where it has not what a table reads of it."""
     result = read_json(file)
-    after = check(result.get("after"), dict, f"{file}: after is")
-    for side in (after, result.get("before", {})):
-        for name in ("FS", "RS", "retain"):
-            check(side.get(name, {"percent": 0.0}).get("percent"), float, f"{file}: percent of {name} is")
-    kinds = {"commit": str | None, "flags": dict, "attacks": dict | None, "analysis": dict | None,
-             "beyond": dict | None}
-    for key, kind in kinds.items():
-        check(result.get(key), kind, f"{file}: {key} is")
+    with refusing(f"{file}: not a run as this script keeps it"):
+        int(file.stem.rpartition("fold=")[2])
+        check(result.get("flags"), dict, "flags is")
+        for side in [side for side in ("before", "after") if side in result]:
+            for name, value in columns_of(result, side).items():
+                check(value, float, f"{name} {side} unlearning is")
     return result
 
 def make_model(t: Table, row: str, fold: int, name: str) -> dict:
@@ -252,7 +251,8 @@ def read_runs(table: str) -> dict[str, dict[int, dict]]:
     found = {}
     for row in TABLES[table].rows:
         for path in sorted((HERE / table).glob(f"{row} fold=*.json")):
-            found.setdefault(row, {})[int(path.stem.rpartition("=")[2])] = kept_run(path)
+            run = kept_run(path)
+            found.setdefault(row, {})[int(path.stem.rpartition("=")[2])] = run
     return found
 
 def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
@@ -315,6 +315,8 @@ def read_table(file: Path) -> dict:
                 check(x, dict, f"{file}: {name} {key} is")
                 for part, kind in INTERVAL.items():
                     check(x.get(part), kind, f"{file}: {name} {key} {part} is")
+                check((x["low"] is None) == (x["high"] is None), Literal[True],
+                      f"{file}: {name} {key}: low and high both null or numbers is")
     return found
 
 def show(table: dict, only: list[str] | None, minus: str | None) -> str:
@@ -361,7 +363,8 @@ def main() -> None:
     if not s.print:
         failed = make_all(s.table, s.rows or list(rows), s.folds or list(TABLES[s.table].folds), s.jobs)
         write_json(file, summarise(read_runs(s.table)))
-    print(show(read_table(file), s.columns, s.minus))
+    table = read_table(file)
+    print(show(table, s.columns, s.minus))
     if failed:
         refuse(f"{len(failed)} runs failed, {', '.join(failed):.200}; the same command tries them again")
 
