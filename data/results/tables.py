@@ -61,8 +61,9 @@ TINY = {
     "random mask": "--method random --lr 5e-4",
     "ssiuu per example 0.1": "--lam 0.1 --per-example",
     "ssiuu logprob 0.1": "--lam 0.1 --target logprob",
-    "ssiuu logprob 0.1 positive": "--lam 0.1 --target logprob --penalise positive",
-    "ssiuu logprob 0.1 all": "--lam 0.1 --target logprob --penalise all",
+    "ssiuu logprob 0.3": "--lam 0.3 --target logprob",
+    "ssiuu logprob 0.3 positive": "--lam 0.3 --target logprob --penalise positive",
+    "ssiuu logprob 0.3 all": "--lam 0.3 --target logprob --penalise all",
 }
 FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, grid in {
     "ga": ["--lr 1e-5", "--lr 2e-5", "--lr 5e-5"],
@@ -118,7 +119,7 @@ TABLES = {
 }
 # each row is paired with these
 COMPARED = ("gd", "gd slowed", "npo", "klue", "ssiuu previous 0.3", "ssiuu initial 0.03",
-            "ssiuu initial 0.03 over npo", "ssiuu logprob 0.1", "ssiuu initial 0.001", "never taught")
+            "ssiuu initial 0.03 over npo", "ssiuu logprob 0.3", "ssiuu initial 0.001", "never taught")
 
 # ------------------------------------------------------------------------------------------------ runs
 
