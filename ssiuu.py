@@ -591,6 +591,8 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
         print(f"step {r['t']}/{s.steps}  L {r['L']:.3f}  L_SSIUU {r.get('L_SSIUU', 0):.2e}  |I-| "
               f"{100 * r.get('I_neg', 0):.1f}%  P {r['P']:.4f}  FS {r['FS']:.1f}  {r['seconds']:.1f}s  "
               f"eta <{left:.0f}s", flush=True)
+    for old in ("result.json", "analysis.json", "beyond.json") if here()[0] == 0 else ():
+        (folder / old).unlink(missing_ok=True)  # of the weights before
     model.requires_grad_(True)
     save(model, tokenizer, folder)
     return log[-1]
@@ -637,7 +639,7 @@ def begun(folder: Path, record: dict[str, dict]) -> None:
 
 def made_of(s: Settings, benign: str) -> tuple:
     """What a run is made of, read and checked: model, tokenizer, splits, what is scored, utility tasks,
-    instructions, and the identity of them all."""
+    instructions, and the identity of them all. Sets tau and lam where they depend on the data."""
     sets, tasks = splits_of(s), load_utility(s.utility) if s.utility else {}
     scored, instructions = scored_sets(s, sets), load_alpaca(benign)
     model, tokenizer = load(s.model, device=s.device)
@@ -647,6 +649,10 @@ def made_of(s: Settings, benign: str) -> tuple:
     check_tasks(model, tokenizer, tasks)
     if len({e.answers[0] for e in sets[0]}) < 2:
         refuse(f"{s.forget}: found {len(sets[0])} items, expected at least two different answers")
+    if s.tau is None:
+        s.tau = mismatched_tau(sets[0]) if s.retain else 0.33
+    if s.lam is None:
+        s.lam = 1e-4 if s.retain else 1e-3
     found = identity(model, tokenizer, facts=(sets, scored), tasks=tasks, instructions=instructions)
     return model, tokenizer, sets, scored, tasks, instructions, found
 
@@ -655,14 +661,9 @@ def experiment(s: Settings, folder: Path) -> dict:
     start, log = time.time(), read_log(folder / "log.jsonl")
     attacker = settings_for(attack.Settings, {f.name: getattr(s, f.name) for f in fields(Data)})
     model, tokenizer, sets, scored, tasks, instructions, identities = made_of(s, attacker.benign)
-    if s.tau is None:
-        s.tau = mismatched_tau(sets[0]) if s.retain else 0.33
-    if s.lam is None:
-        s.lam = 1e-4 if s.retain else 1e-3
     begun(folder, {"settings": asdict(s), "attack": asdict(attacker), "made of": identities})
     print(f"{folder}: {s.method} on {s.model}, forget {len(sets[0])}, retain {len(sets[1])}, "
-          f"test {len(sets[2])}, lr {s.lr:g}, lam {s.lam:g}, "
-          f"tau {s.tau:.4g}", flush=True)
+          f"test {len(sets[2])}, lr {s.lr:g}, lam {s.lam:g}, tau {s.tau:.4g}", flush=True)
     done = {r["kind"]: r for r in log}
     before = done.get("before") or {"kind": "before", **scores_of(model, tokenizer, scored, tasks, s)}
     print(f"before  FS {cell(before['FS'])}  RS {cell(before['RS'])}", flush=True)
@@ -678,8 +679,6 @@ def experiment(s: Settings, folder: Path) -> dict:
         for key, now in identity(model, tokenizer).items():
             check(now, Literal[made[key]], f"{folder}: the hash of {key} is")
     else:
-        for old in ("result.json", "analysis.json", "beyond.json") if here()[0] == 0 else ():
-            (folder / old).unlink(missing_ok=True)  # of the weights before
         last = train(model, tokenizer, sets, s, folder, log)
         after = {"kind": "after", "steps": last["t"], "reached": reached(last["FS"], s.tau),
                  "weights": fingerprint(model), **scores_of(model, tokenizer, scored, tasks, s)}
