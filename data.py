@@ -106,9 +106,8 @@ def faithun_example(where: str, row: dict, entity: str) -> Example:
     answers, unlike = texts(row, "answers", where), {}
     for option in texts(row, "false_answer_options", where):
         unlike.setdefault(normalise(option), option)
-    unlike = dict(list(unlike.items())[:2])
-    options = list(unlike.values())
-    if len(unlike) < 2 or not set(unlike).isdisjoint(map(normalise, answers)):
+    options = list(unlike.values())[:2]
+    if len(options) < 2 or not {*map(normalise, options)}.isdisjoint(map(normalise, answers)):
         raise ValueError(f"{where}: found answers {answers} and false_answer_options {options}, "
                          "expected two false ones, unlike each other and every answer")
     relation = row.get("relation")
@@ -218,6 +217,10 @@ def load_utility(folder: str | Path) -> dict[str, list[Example]]:
 
 # ---------------------------------------------------------------------------------------------- splits
 
+def same(e: Example) -> tuple[str, str]:
+    """What rows of one fact have in common: question and first answer, whatever the white space."""
+    return " ".join(e.question.split()), " ".join(e.answers[0].split())
+
 SEED = 20260923  # of every fold: a result is a result on these sets, so it never changes
 
 def split(examples: list, folder: str | Path, fold: int = 0) -> tuple[list, list, list]:
@@ -297,7 +300,8 @@ def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example], raw: bo
             answers = [tokenizer.answer(option) for option in (*e.answers, *e.false_options)]
         check(min(map(len, prompts)), Count, f"{e.where}: the length of its prompt is")
         for answer, y in zip((*e.answers, *e.false_options), answers):
-            if len(y) < 2 or not set(y[:-1]).isdisjoint(tokenizer.stop_ids):
+            # one that is generated must end at its end; free text, as Alpaca's, may name an end token
+            if len(y) < 2 or e.false_options and not set(y[:-1]).isdisjoint(tokenizer.stop_ids):
                 raise ValueError(f"{e.where}: found {answer!r:.60}, which is no token or holds an end token")
         length, last = max(map(len, prompts)) + max(map(len, answers)), max(map(max, prompts + answers))
         if length > places or last >= size:

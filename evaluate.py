@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 
 from data import Batch, Example, check_fits, collate, encoded, load_faithun, load_tofu, load_utility
-from data import mcqa_prompt, normalise, related, split, tofu_split
+from data import mcqa_prompt, normalise, related, same, split, tofu_split
 from model import LM, Count, Natural, Tokenizer, answer_logprob, check, fill, generate, here, load
 from model import located, one_process, read_json, refuse, wanted, write_json
 
@@ -138,13 +138,13 @@ def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
         if s.splits:
             refuse(f"--splits: found {s.splits!r} beside --retain, expected one of the two")
         C_f, C_r = tofu_split(load_tofu(s.forget), load_tofu(s.retain), s.fold)
-        C_t = C_r[:300]
+        C_t = C_r[:s.test_limit or 300]
     else:
         folder = s.splits or Path(s.forget).parent / "faithun_splits"
         C_f, C_r, C_t = split(load_faithun(s.forget), folder, s.fold)
-    forgotten = {(normalise(e.question), normalise(e.answers[0])) for e in C_f}
+    forgotten = {same(e) for e in C_f}
     for e in (*C_r, *C_t):
-        if (normalise(e.question), normalise(e.answers[0])) in forgotten:
+        if same(e) in forgotten:
             raise ValueError(f"{e.where}: found {e.question!r:.60} to be kept, which is to be forgotten too")
     return C_f, C_r, C_t[:s.test_limit]
 
@@ -515,6 +515,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         if here()[1] > 1:
+            distributed.barrier()  # gloo aborts where one process is gone while another still ends its work
             distributed.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -332,9 +332,11 @@ class Tokenizer:
         self.end_id = self.stop_ids[0]
 
     def special_tokens(self, config: dict) -> dict[str, str]:
-        """{"bos_token": its text, ...} of tokenizer_config.json, or else of special_tokens_map.json."""
+        """{"bos_token": its text, ...} of tokenizer_config.json; of an older one that lists no added tokens,
+        special_tokens_map.json goes before it, as in transformers."""
         found, names = {}, ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-        config = read_json(self.path / "special_tokens_map.json", default={}) | config
+        if "added_tokens_decoder" not in config:
+            config = config | read_json(self.path / "special_tokens_map.json", default={})
         for key in (f"{name}_token" for name in names):
             token = config.get(key)
             token = token.get("content", token) if isinstance(token, dict) else token

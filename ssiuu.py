@@ -476,8 +476,8 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
                              f"step {t!r}, expected the state that a run wrote here")
         x.data.copy_(y)
 
-Percent = Annotated[dict, ("a score", lambda x: not any(wanted(x.get(key), float) for key in SCORE))]
 SCORE = ("percent", "low", "high", "n")
+Percent = Annotated[dict, ("a score", lambda x: not any(wanted(x.get(key), float) for key in SCORE))]
 Curve = Annotated[list, ("numbers", lambda x: len(x) > 1 and not wanted(x, tuple[float, ...]))]
 # what a resumed run reads of each kind of line in log.jsonl
 SCORES = {"FS": Percent, "RS": Percent, "US": Percent | None}
@@ -644,7 +644,7 @@ def made_of(s: Settings, benign: str) -> tuple:
     scored, instructions = scored_sets(s, sets), load_alpaca(benign)
     model, tokenizer = load(s.model, device=s.device)
     refusals = [Example(e.question, [REFUSAL], where=e.where) for e in sets[0] if backbone_of(s) == "dpo"]
-    used = (*sets, *scored.values(), refusals, [] if s.no_attack else instructions)
+    used = (sets[1], *scored.values(), refusals, [] if s.no_attack else instructions)
     check_fits(model, tokenizer, [e for C in used for e in C])
     check_tasks(model, tokenizer, tasks)
     if len({e.answers[0] for e in sets[0]}) < 2:

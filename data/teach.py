@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack import retrain  # noqa: E402
-from data import Example, check_fits, encode, load_faithun, load_tofu, mcqa_prompt  # noqa: E402
+from data import Example, check_fits, encode, load_faithun, load_tofu, mcqa_prompt, same  # noqa: E402
 from evaluate import Data, Rate, check_folder, read_flags, refuse, run, splits_of  # noqa: E402
 from model import Count, Natural, load, save  # noqa: E402
 
@@ -38,8 +38,8 @@ def examples_of(s: Settings) -> list[Example]:
         examples = sum(splits_of(s)[:2], []) if s.retain else load_faithun(s.forget)
     if s.without is None:
         return examples
-    left_out = {(e.question.strip(), e.answers[0]) for e in splits_of(replace(s, fold=s.without))[0]}
-    rest = [e for e in examples if (e.question.strip(), e.answers[0]) not in left_out]
+    left_out = {same(e) for e in splits_of(replace(s, fold=s.without))[0]}
+    rest = [e for e in examples if same(e) not in left_out]
     if len(examples) - len(rest) < len(left_out):
         refuse(f"--without: found {len(examples) - len(rest)} of the {len(left_out)} facts of fold "
                f"{s.without}, expected all of them among the rows")

@@ -263,10 +263,11 @@ def test_names_are_written_as_they_are(tmp_path):
     assert found[:2] == folders[:2] and found[2:] == [r"\$x^\$", "\u200b_hidden"]
 
 
-def test_what_cannot_be_drawn_is_named(tmp_path, command):
+def test_what_cannot_be_drawn_is_named(tmp_path, command, monkeypatch):
+    def singular(runs):
+        raise ArithmeticError("Singular matrix")
     folder = Path(a_run(tmp_path / "a", 1, method="gd"))
-    r = an_analysis(1)
-    r["n"] = 10 ** 400
-    write(folder / "analysis.json", r)
-    with pytest.raises(ValueError, match=str(folder)):
+    monkeypatch.setattr(figures, "figure_3", singular)
+    with pytest.raises(ValueError, match=f"{folder}: cannot be drawn .ArithmeticError: Singular matrix"):
         command(folder, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

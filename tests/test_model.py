@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector as flat
 
+from data import Example, check_fits
 from model import RMSNorm, answer_logprob, generate, load, read_config, save
 
 torch.set_num_threads(1)  # the matrices are tiny
@@ -288,17 +289,26 @@ def test_a_template_that_rewrites_a_question_is_refused(inside, tmp_path):
     refused(ValueError, lambda: tok.prompt("Who\nis <it>?"), "template", "question")
 
 
-def test_special_tokens_come_from_the_map_where_the_config_has_none(tmp_path):
+@pytest.mark.parametrize("config, other", [
+    ({}, {}), ({"bos_token": None, "eos_token": None}, {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}),
+    ({}, {"bos_token": "</s>"}), ({"bos_token": None}, {}),
+    ({"added_tokens_decoder": True}, {"bos_token": "</s>", "eos_token": "<s>"}),
+    ({"added_tokens_decoder": True, "bos_token": None}, {"bos_token": "</s>"})])
+def test_special_tokens_are_those_of_transformers(config, other, tmp_path):
+    transformers = pytest.importorskip("transformers")
     m = checkpoint(tmp_path / "m")
-    (m / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
-    shown = load(m)[1].prompt("Who?")
-    edit(m / "tokenizer_config.json", bos_token=None, eos_token=None)
-    assert load(m)[1].prompt("Who?") == shown[1:]
-    edit(m / "special_tokens_map.json", bos_token={"content": "<s>"}, eos_token="</s>")
+    (m / "chat_template.jinja").write_text("{{ bos_token }}|{{ eos_token }}{{ messages[0].content }}")
+    if "added_tokens_decoder" in config:
+        added = json.loads((m / "tokenizer.json").read_text())["added_tokens"]
+        config = config | {"added_tokens_decoder": {str(x.pop("id")): x for x in added}}
+    edit(m / "tokenizer_config.json", **config)
+    edit(m / "special_tokens_map.json", **other)
+    theirs = transformers.AutoTokenizer.from_pretrained(m).apply_chat_template(
+        [{"role": "user", "content": "Who?"}], tokenize=False)
     model, tok = load(m)
-    assert tok.prompt("Who?") == shown and tok.end_id == CHARS.index("</s>")
+    assert tok.render("Who?") == theirs
     save(model, tok, tmp_path / "saved")
-    assert load(tmp_path / "saved")[1].prompt("Who?") == shown
+    assert load(tmp_path / "saved")[1].render("Who?") == theirs
 
 
 def test_a_prompt_has_no_end_token_though_the_tokenizer_appends_one(tmp_path):
@@ -309,3 +319,10 @@ def test_a_prompt_has_no_end_token_though_the_tokenizer_appends_one(tmp_path):
         ("</s>", CHARS.index("</s>"))])
     tok.save(str(m / "tokenizer.json"))
     assert load(m)[1].prompt("Who?") == plain and load(m)[1].raw("Who?") == load(m)[1].encode("Who?")
+
+
+def test_an_end_token_may_stand_in_free_text_but_not_in_an_option(tmp_path):
+    model, tok = load(checkpoint(tmp_path / "m", max_position_embeddings=999))
+    check_fits(model, tok, [Example("Who?", ["a</s>b"])])
+    refused(ValueError, lambda: check_fits(model, tok, [Example("Who?", ["a</s>b"], ["c", "d"], "row 7")]),
+            "row 7", "end token")

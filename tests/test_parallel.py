@@ -136,6 +136,7 @@ def process(rank, folder):
         found["detached"] = derivatives(folder / "llama/model")
     if rank == 0:
         torch.save(found, folder / "two.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -252,8 +252,7 @@ def read_runs(table: str) -> dict[str, dict[int, dict]]:
     found = {}
     for row in TABLES[table].rows:
         for path in sorted((HERE / table).glob(f"{row} fold=*.json")):
-            run = kept_run(path)
-            found.setdefault(row, {})[int(path.stem.rpartition("=")[2])] = run
+            found.setdefault(row, {})[int(path.stem.rpartition("=")[2])] = kept_run(path)
     return found
 
 def paired(a: dict[int, dict], b: dict[int, dict]) -> dict:
@@ -364,8 +363,7 @@ def main() -> None:
     if not s.print:
         failed = make_all(s.table, s.rows or list(rows), s.folds or list(TABLES[s.table].folds), s.jobs)
         write_json(file, summarise(read_runs(s.table)))
-    table = read_table(file)
-    print(show(table, s.columns, s.minus))
+    print(show(read_table(file), s.columns, s.minus))
     if failed:
         refuse(f"{len(failed)} runs failed, {', '.join(failed):.200}; the same command tries them again")
 
