@@ -30,6 +30,7 @@ class Settings(Data):
     teach_lr: Rate = 1e-5                 # learning rate (C.1, TOFU)
     teach_epochs: Count = 5               # passes over the rows (C.1, TOFU)
     teach_batch: Count = 8                # rows a step; unpublished
+    bf16: bool = False                    # autocast: half the time where the processor has bfloat16
 
 def examples_of(s: Settings) -> list[Example]:
     if s.rows:
@@ -60,10 +61,11 @@ def main() -> None:
             rows.append(encode(tokenizer, mcqa_prompt(e, draw), e.answers[0]))
     generator = torch.Generator().manual_seed(s.seed)
     losses = retrain(model, rows, s.teach_lr, s.teach_epochs, s.teach_batch, generator)
-    for i, loss in enumerate(losses, 1):
-        seconds = time.time() - start
-        print(f"teach {i}/{s.teach_epochs}  {len(rows)} rows  loss {loss:.4f}  {seconds:.0f}s  "
-              f"eta {seconds / i * (s.teach_epochs - i):.0f}s", flush=True)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
+        for i, loss in enumerate(losses, 1):
+            seconds = time.time() - start
+            print(f"teach {i}/{s.teach_epochs}  {len(rows)} rows  loss {loss:.4f}  {seconds:.0f}s  "
+                  f"eta {seconds / i * (s.teach_epochs - i):.0f}s", flush=True)
     save(model, tokenizer, s.out)
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ SMOLLM2 = {
 SMOLLM2_FOLD0 = {
     "gd": f"--method gd {SMOL}", "npo --beta 0.1": f"--method npo --beta 0.1 {SMOL}",
     **{f"ssiuu {more}": f"{more} {SMOL}" for more in (
-        "--lam 0.01", "--anchor initial --lam 0.001", "--lam 0.03", "--anchor initial --lam 0.003")},
+        "--target logprob --lam 0.1", "--target logprob --lam 0.3", "--lam 0.01", "--lam 0.03",
+        "--anchor initial --lam 0.001", "--anchor initial --lam 0.003")},
 }
 SCORES = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
 
@@ -115,7 +116,7 @@ TABLES = {
     "smollm2-fold0": Table("runs/taught", SMOLLM2_FOLD0, steps=40, folds=range(1), score="--test-limit 100"),
     "smollm2": Table("runs/taught", SMOLLM2, steps=40, folds=range(1, 6), score="--test-limit 100",
                      attack="--attack-draws 1 --attack-lrs 2e-4 --attack-epochs 5 --benign ''",
-                     never="data/teach.py --model runs/smollm2 --teach-lr 2e-4 --out OUT --without FOLD"),
+                     never="data/teach.py --model runs/smollm2 --teach-lr 2e-4 --bf16 --out OUT --without FOLD"),
 }
 # each row is paired with these
 COMPARED = ("gd", "gd slowed", "npo", "klue", "ssiuu previous 0.3", "ssiuu initial 0.03",
