@@ -79,7 +79,7 @@ FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, gri
               "--lr 2e-5 --lam 0.3", "--lr 2e-5 --anchor initial --lam 0.03"],
 }.items() for more in grid}
 BEYOND = ("never taught", "gd", "npo", "ssiuu previous 0.3", "ssiuu initial 0.03",
-          "ssiuu initial 0.03 over npo")
+          "ssiuu initial 0.03 over npo", "ssiuu logprob 0.3")
 # one rate for all rows, for the cost: half of it takes twice the steps
 SMOL = "--lr 1e-4"
 SMOLLM2 = {
