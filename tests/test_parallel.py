@@ -148,8 +148,10 @@ def results(tmp_path_factory):
         (folder / case).mkdir()
         taught(folder / case, name, change)
     checkpoint(folder / "uneven", "llama3", num_key_value_heads=1)
-    one = work(folder)
-    torch.multiprocessing.spawn(process, (folder,), nprocs=2)
+    two = torch.multiprocessing.spawn(process, (folder,), nprocs=2, join=False)
+    one = work(folder)  # meanwhile
+    while not two.join():
+        pass
     return one, torch.load(folder / "two.pt"), folder
 
 
@@ -221,11 +223,12 @@ def test_the_command_says_and_writes_what_one_process_does(tmp_path, monkeypatch
     flags = [*DATA, "--steps", "2", "--tau", "0", "--no-attack"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                ROOT / "ssiuu.py"]
-    done = subprocess.run([*command, *flags, "--name", "two"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 2/2") == done.stdout.count("| Default |") == 1
-    assert done.stderr.count("sets lr") == 1
-    assert inside(monkeypatch, tmp_path, "ssiuu.py", *flags, "--name", "one") == 0
+    with subprocess.Popen([*command, *flags, "--name", "two"], cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as torchrun:
+        assert inside(monkeypatch, tmp_path, "ssiuu.py", *flags, "--name", "one") == 0  # meanwhile
+        said, errors = torchrun.communicate()
+    assert torchrun.returncode == 0, errors
+    assert said.count("step 2/2") == said.count("| Default |") == 1 and errors.count("sets lr") == 1
     one, two = (json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("one", "two"))
     for name in ("before", "after"):
         assert (one[name]["FS"], one[name]["RS"]) == (two[name]["FS"], two[name]["RS"])
