@@ -20,7 +20,7 @@ from torch import nn
 from data import Example, batches, check_fits, collate, encoded, load_alpaca
 from evaluate import Data, Rate, Share, accuracy, answered, cell, check_folder, margin, markdown
 from evaluate import read_flags, refuse, run, splits_of, wilson
-from model import LM, Count, Tokenizer, answer_logprob, load, located, save
+from model import LM, Count, Tokenizer, answer_logprob, load, located, save, write_json
 
 @dataclass
 class Harmful(Data):
@@ -175,6 +175,8 @@ def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Setti
     for loss in retrain(model, rows, s.attack_lrs[0], s.attack_epochs, s.attack_batch, generator):
         print(f"{s.model}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
     save(model, tokenizer, s.save)
+    facts = {key: str(Path(x).resolve()) for key in ("forget", "retain", "splits") if (x := getattr(s, key))}
+    write_json(Path(s.save, "settings.json"), {"settings": facts | {"fold": s.fold}})  # read by evaluate.py
 
 def main() -> None:
     s, rows = read_flags(Settings, __doc__), []

@@ -517,7 +517,8 @@ def new_folder(s: Settings) -> Path:
             folder.mkdir()
             return folder
         except FileExistsError:
-            pass
+            if s.name and [*folder.glob("*")] == [folder / "lock"]:  # killed before anything was written
+                return folder
     refuse(f"--name: found {name!r}, expected a new name, or --resume runs/{name}")
 
 @contextmanager

@@ -208,6 +208,8 @@ def test_the_saved_model_is_the_attacked_one(tmp_path, monkeypatch, capsys):
     found = margin(attacked, tokenizer, rest)
     assert found == pytest.approx((cell["logp"][-1], cell["margin"][-1]), abs=1e-4)
     assert cell["logp"][-1] != pytest.approx(cell["logp"][0], abs=1e-2)
+    kept = evaluate.settings_for(evaluate.Settings, {"model": str(tmp_path / "attacked")})
+    assert Path(kept.splits).samefile(tmp_path) and Path(kept.forget).samefile("data/faithun.json")
 
     flags = ["--before", "data/tiny", "--after", tmp_path / "after", "--attacked", tmp_path / "attacked",
              "--splits", tmp_path]
