@@ -61,7 +61,8 @@ def main() -> None:
             rows.append(encode(tokenizer, mcqa_prompt(e, draw), e.answers[0]))
     generator = torch.Generator().manual_seed(s.seed)
     losses = retrain(model, rows, s.teach_lr, s.teach_epochs, s.teach_batch, generator)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
+    # no cache: it would hold the first step's weights as long as the context lasts
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16, cache_enabled=False):
         for i, loss in enumerate(losses, 1):
             seconds = time.time() - start
             print(f"teach {i}/{s.teach_epochs}  {len(rows)} rows  loss {loss:.4f}  {seconds:.0f}s  "
