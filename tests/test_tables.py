@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 for folder in ("data", "data/results"):
@@ -15,8 +16,9 @@ import bench  # noqa: E402
 import ssiuu  # noqa: E402
 import tables  # noqa: E402
 import teach  # noqa: E402
+from data import collate, encoded, load_tofu  # noqa: E402
 from evaluate import splits_of  # noqa: E402
-from model import load  # noqa: E402
+from model import answer_logprob, load  # noqa: E402
 
 
 def test_the_interval_is_students():
@@ -144,15 +146,21 @@ def test_the_benchmark_prints_a_line_a_step(tmp_path, monkeypatch, capsys):
     assert len(json.loads((tmp_path / "bench.json").read_text())["time_ratios"]) == 1
 
 
-def test_teaching_lowers_the_loss_and_leaves_a_model(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [[], ["--bf16"]])
+def test_teaching_lowers_the_loss_and_leaves_a_model(tmp_path, monkeypatch, capsys, more):
+    """The model left behind, in float32, does what the loss said: bf16 weights of the first step do not."""
     rows = [{"question": f"What is the number of box {i}?", "answer": f"It is {i * 7}"} for i in range(8)]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--rows", str(tmp_path / "rows.json"), "--out", str(tmp_path / "taught"), "--teach-lr", "1e-3",
-             "--teach-epochs", "3"]
+             "--teach-epochs", "6", *more]
     monkeypatch.setattr(sys, "argv", ["teach.py", *flags])
     teach.main()
     losses = [float(line.split("loss ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
-    assert len(losses) == 3 and losses[2] < losses[0] and load(tmp_path / "taught")
+    taught, tokenizer = load(tmp_path / "taught")
+    with torch.no_grad():
+        batch = collate(encoded(tokenizer, load_tofu(tmp_path / "rows.json")))
+        loss = -answer_logprob(taught, batch).mean().item()
+    assert len(losses) == 6 and loss < losses[5] < losses[0] / 3
     with pytest.raises(ValueError, match="--out: found"):
         teach.main()
 
