@@ -64,6 +64,9 @@ TINY = {
     "ssiuu logprob 0.3": "--lam 0.3 --target logprob",
     "ssiuu logprob 0.3 positive": "--lam 0.3 --target logprob --penalise positive",
     "ssiuu logprob 0.3 all": "--lam 0.3 --target logprob --penalise all",
+    # at NPO's own lowest rate that converges, where the rows above share one
+    "npo 2e-5": "--method npo --lr 2e-5 --beta 0.5",
+    "ssiuu logprob 0.3 2e-5": "--lr 2e-5 --lam 0.3 --target logprob",
 }
 FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, grid in {
     "ga": ["--lr 1e-5", "--lr 2e-5", "--lr 5e-5"],
@@ -120,7 +123,8 @@ TABLES = {
 }
 # each row is paired with these
 COMPARED = ("gd", "gd slowed", "npo", "klue", "ssiuu previous 0.3", "ssiuu initial 0.03",
-            "ssiuu initial 0.03 over npo", "ssiuu logprob 0.3", "ssiuu initial 0.001", "never taught")
+            "ssiuu initial 0.03 over npo", "ssiuu logprob 0.3", "npo 2e-5", "ssiuu initial 0.001",
+            "never taught")
 
 # ------------------------------------------------------------------------------------------------ runs
 
