@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from model import LM, NAMES, Count, Tokenizer, check, parse, read_text, refusing, wanted
+from model import LM, NAMES, Count, Tokenizer, check, parse, read_text, refusing
 
 @dataclass
 class Example:
@@ -148,22 +148,21 @@ def related(facts: list[Example], questions: list[Example], part: str) -> list[l
 
 # ---------------------------------------------------------------------------------------- utility tasks
 
-def choice(question: str, options: list[str], right: int, where: str) -> Example:
-    """Zero-shot: an option begins with the space that divides it from the prompt."""
-    options = [f" {option.strip()}" for option in options]
-    if len(options) < 2 or options.count(options[right]) > 1 or not question.strip():
-        raise ValueError(f"{where}: found {question!r:.40} and {options}, expected text, a right option once")
-    return Example(question.rstrip(), [options[right]], options[:right] + options[right + 1:], where)
-
-def pick(row: dict, key: str, labels: list[str], expected: str, where: str) -> int:
-    if (label := str(row.get(key))) not in labels:
-        raise ValueError(f"{where}: found {key} {label!r}, expected {expected}")
-    return labels.index(label)
+def choice(question: str, options: dict[str, str], row: dict, key: str, where: str) -> Example:
+    """Zero-shot: {label: option}, and the right label is row[key]. An option begins with the space that
+    divides it from the prompt."""
+    label = check(str(row.get(key)), Literal[tuple(options)], f"{where}: found {key}")
+    right = f" {options[label].strip()}"
+    wrong = [f" {option.strip()}" for other, option in options.items() if other != label]
+    if not wrong or right in wrong or not question.strip():
+        raise ValueError(f"{where}: found {question!r:.40}, {right!r} and {wrong}, expected text, a right "
+                         "option once")
+    return Example(question.rstrip(), [right], wrong, where)
 
 def mmlu(where: str, row: dict) -> Example:
     choices = [f"{c}. {text(row, c, where)}" for c in "ABCD"]
     question = "\n".join([text(row, "question", where), *choices, "Answer:"])
-    return choice(question, [*"ABCD"], pick(row, "answer", [*"ABCD"], "one of A, B, C, D", where), where)
+    return choice(question, {c: c for c in "ABCD"}, row, "answer", where)
 
 def gsm8k(where: str, row: dict) -> Example:
     number = re.search(r"#### *(-?\d[\d,]*(?:\.\d+)?)\s*$", text(row, "answer", where))
@@ -172,31 +171,21 @@ def gsm8k(where: str, row: dict) -> Example:
     return Example(text(row, "question", where), [number[1].replace(",", "")], where=where)
 
 def hellaswag(where: str, row: dict) -> Example:
-    context, endings = text(row, "ctx", where), texts(row, "endings", where)
-    if len(endings) != 4:
-        raise ValueError(f"{where}: found {len(endings)} endings, expected 4")
-    return choice(context, endings, pick(row, "label", [*"0123"], "a label from 0 to 3", where), where)
+    endings = {str(i): ending for i, ending in enumerate(texts(row, "endings", where))}
+    return choice(text(row, "ctx", where), endings, row, "label", where)
 
 def arc(where: str, row: dict) -> Example:
-    question = row.get("question")
-    if wanted(question, dict) or wanted(question.get("choices"), tuple[dict, ...]):
-        raise ValueError(f"{where}: found question {question!r:.40}, expected an object of stem and choices")
-    labels = [text(c, "label", where) for c in question["choices"]]
-    options = [text(c, "text", where) for c in question["choices"]]
-    Labels = Annotated[list, ("unlike labels", lambda x: len(x) == len({*x}))]
-    check(labels, Labels, f"{where}: found labels")
-    right = pick(row, "answerKey", labels, f"one of {', '.join(labels)}", where)
-    return choice(f"Question: {text(question, 'stem', where)}\nAnswer:", options, right, where)
+    question = check(row.get("question"), dict, f"{where}: found question")
+    choices = check(question.get("choices"), tuple[dict, ...], f"{where}: found choices")
+    options = {text(c, "label", where): text(c, "text", where) for c in choices}
+    check(len(options), Literal[len(choices)], f"{where}: the number of unlike labels is")
+    return choice(f"Question: {text(question, 'stem', where)}\nAnswer:", options, row, "answerKey", where)
 
 def winogrande(where: str, row: dict) -> Example:
     Sentence = Annotated[str, ("one with one _", lambda x: x.count("_") == 1)]
-    sentence, options = check(row.get("sentence"), Sentence, f"{where}: found sentence"), []
-    before, after = sentence.split("_")
-    for key in ("option1", "option2"):
-        options.append(text(row, key, where) + after)
-        if text(row, key, where).casefold() not in sentence.casefold():
-            raise ValueError(f"{where}: found {key} {row[key]!r:.80}, expected words of the sentence")
-    return choice(before, options, pick(row, "answer", ["1", "2"], "1 or 2", where), where)
+    before, after = check(row.get("sentence"), Sentence, f"{where}: found sentence").split("_")
+    options = {i: text(row, f"option{i}", where) + after for i in "12"}
+    return choice(before, options, row, "answer", where)
 
 TASKS = {"mmlu": ("mmlu/*.csv", mmlu), "gsm8k": ("gsm8k_test.jsonl", gsm8k),
          "hellaswag": ("hellaswag_val.jsonl", hellaswag), "arc": ("ARC-Challenge-Test.jsonl", arc),
