@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from model import LM, NAMES, Count, Tokenizer, check, parse, read_text, refusing
+from model import LM, Count, Tokenizer, check, parse, read_text, refusing
 
 @dataclass
 class Example:
@@ -66,15 +66,12 @@ def read_values(path: str | Path):
 
 def load_rows(path: str | Path) -> list[tuple[str, dict]]:
     """(file and row, row) for each object of a list or of lines."""
+    Rows = Annotated[list, ("a list or lines of objects; FaithUn's object is read without --retain", bool)]
     rows = read_values(path)
     if isinstance(rows, dict) and any(not isinstance(value, dict) for value in rows.values()):
         rows = [rows]  # a single line, since FaithUn's object holds objects
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: found {NAMES[type(rows)]}, {str(rows)[:60]}, expected rows, a list "
-                         "or lines of objects; FaithUn's object is read without --retain")
-    if not rows:
-        raise ValueError(f"{path}: found no rows, expected at least one")
-    return [(f"{path}: row {i}", check(row, dict, f"{path}: row {i} is")) for i, row in enumerate(rows, 1)]
+    rows = enumerate(check(rows, Rows, f"{path}: found"), 1)
+    return [(f"{path}: row {i}", check(row, dict, f"{path}: row {i} is")) for i, row in rows]
 
 def plain(where: str, row: dict) -> Example:
     """A question and its answer, scored by ROUGE-L, whose words are of a to z and digits."""
@@ -118,11 +115,10 @@ def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
     """Every entity's questions of `part`: hop1_unlearn (the facts that the split files number), hop1_test
     (paraphrased), hop2_test (multi-hop) or same_object (same answer). The file: {Wikidata id: {part: rows}},
     or {question: row} for rows, since upstream does not document which."""
-    values, examples = read_values(path), []
-    for name, entity in values.items() if isinstance(values, dict) else [("the file", values)]:
-        if not isinstance(entity, dict):
-            raise ValueError(f"{path}: {name!r} is {NAMES[type(entity)]}, expected an object of FaithUn's "
-                             "entities; rows such as TOFU's need --retain")
+    Entities = Annotated[dict, ("FaithUn's object of objects; rows such as TOFU's need --retain",
+                                lambda x: all(isinstance(entity, dict) for entity in x.values()))]
+    examples = []
+    for name, entity in check(read_values(path), Entities, f"{path}: found").items():
         rows = entity.get(part, None if part == "hop1_unlearn" else [])
         if isinstance(rows, dict):
             rows = [row | {"question": q} if isinstance(row, dict) else row for q, row in rows.items()]

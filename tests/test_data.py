@@ -61,9 +61,10 @@ def message(call, file):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("{", "not JSON"), ("[]", "a list"),
+    ("{", "not JSON"), ("[]", "found [], expected FaithUn's object"),
     ('{"Q1": {"hop9": [], "same": []}}', "'Q1' has hop9, same, expected hop1_unlearn"),
-    ('{"Q1": 3}', "a whole number"), ('{"Q1": {"hop1_unlearn": ["text"]}}', "hop1_unlearn[0] of 'Q1'")])
+    ('{"Q1": 3}', "expected FaithUn's object of objects"),
+    ('{"Q1": {"hop1_unlearn": ["text"]}}', "hop1_unlearn[0] of 'Q1'")])
 def test_a_file_that_is_not_faithun_is_refused_in_one_line(tmp_path, content, words):
     (tmp_path / "f.json").write_text(content)
     assert words in message(load_faithun, tmp_path / "f.json")
@@ -78,13 +79,13 @@ def test_rows_where_faithuns_object_is_expected_and_the_other_way_round(tmp_path
     assert load_tofu(tmp_path / "f.json")[0].answers == ["A"]
     assert "--retain" in (text := message(load_faithun, tmp_path / "f.json")) and "not JSON" not in text
     text = message(load_tofu, faithun(tmp_path / "f.json"))
-    assert "found an object" in text and "Q1" in text and "--retain" in text and "not JSON" not in text
+    assert "found {'Q1'" in text and "--retain" in text and "not JSON" not in text
 
 
 @pytest.mark.parametrize("loader, content, words", [
-    (load_tofu, '{"question": "Q"}', "row 1: found answer None"), (load_tofu, "", "no rows"),
+    (load_tofu, '{"question": "Q"}', "row 1: found answer None"), (load_tofu, "", "found [], expected"),
     (load_tofu, "{]", "not JSON"), (load_tofu, f"{TOFU}\n\n{{]", "row 2: not JSON"),
-    (load_tofu, "3", "a whole number"), (load_tofu, "[]", "no rows"),
+    (load_tofu, "3", "found 3, expected a list"), (load_tofu, "[]", "found [], expected a list"),
     (load_alpaca, '[{"instruction": "I"}]', "row 1: found output None"), (load_alpaca, "[3]", "row 1 is 3")])
 def test_rows_without_their_keys_are_refused(tmp_path, loader, content, words):
     (tmp_path / "f.json").write_text(content)

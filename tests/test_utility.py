@@ -123,7 +123,7 @@ HELLA, ARC, WINO = (
 BROKEN = [
     ("mmlu/a_test.csv", "Q,1,2,3,4\n", "row 1"), ("mmlu/a_test.csv", "Q,1,2,3,4,E\n", "A or B or C or D"),
     ("mmlu/a_test.csv", "Q,1,A,B,C,D,A\n", "row 1"), ("mmlu/a_test.csv", 'Q,"1,2,3\n', "not CSV"),
-    ("mmlu/a_test.csv", "", "no rows"), ("mmlu/a_test.csv", b"\xff\xfe", "not UTF-8"),
+    ("mmlu/a_test.csv", "", "found []"), ("mmlu/a_test.csv", b"\xff\xfe", "not UTF-8"),
     ("mmlu/a_test.csv", "Q,1,2,3,4,AB\n", "'AB'"), ("gsm8k_test.jsonl", "{", "not JSON"),
     ("gsm8k_test.jsonl", {"question": "Q", "answer": "ten"}, "#### number"),
     ("gsm8k_test.jsonl", {"question": "Q", "answer": "#### 1.2.3"}, "'#### 1.2.3'"),
