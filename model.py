@@ -504,10 +504,7 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in `path`; `default`, if given, where there is no such file."""
     if default is not None and not os.path.lexists(path):
         return default
-    value = parse(read_text(path), path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: found {NAMES[type(value)]}, expected an object")
-    return value
+    return check(parse(read_text(path), path), dict, f"{path}: found")
 
 def read_config(path: Path) -> Config:
     """`path`/config.json. ValueError for anything that this decoder would get wrong."""

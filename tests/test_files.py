@@ -42,7 +42,7 @@ def test_json_of_another_kind_is_refused(tmp_path):
     (tmp_path / "f").write_text("[1]")
     assert read_json(tmp_path / "g", default={}) == {}
     refused(ValueError, lambda: read_json(tmp_path / "f"), str(tmp_path / "f"),
-            "found a list, expected an object")
+            "found [1], expected an object")
     refused(OSError, lambda: read_json(tmp_path / "g"), str(tmp_path / "g"))
 
 
