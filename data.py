@@ -27,6 +27,7 @@ class Example:
     where: str = field(default="", compare=False)           # its file and row, for messages
     entity: str = field(default="", compare=False)          # FaithUn's: its Wikidata id
     relation: str = field(default="", compare=False)        # our FaithUn's "country", "country > capital"
+    raw: bool = field(default=False, compare=False, repr=False)  # the question is the prompt: no template
 
 @dataclass
 class Batch:
@@ -152,7 +153,7 @@ def choice(question: str, options: dict[str, str], row: dict, key: str, where: s
     if not wrong or right in wrong or not question.strip():
         raise ValueError(f"{where}: found {question!r:.40}, {right!r} and {wrong}, expected text, a right "
                          "option once")
-    return Example(question.rstrip(), [right], wrong, where)
+    return Example(question.rstrip(), [right], wrong, where, raw=True)
 
 def mmlu(where: str, row: dict) -> Example:
     choices = [f"{c}. {text(row, c, where)}" for c in "ABCD"]
@@ -272,15 +273,14 @@ def encoded(tokenizer, examples: list[Example]) -> list[tuple[list[int], list[bo
     """`encode` of each example's question and first answer."""
     return [encode(tokenizer, e.question, e.answers[0]) for e in examples]
 
-def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example], raw: bool = False) -> None:
+def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example]) -> None:
     """ValueError with its row for an example whose longest sequence, Table 3 or the plain question with any
-    answer or option, cannot be tokenised, answered, or is more than the model takes. `raw`: the question is
-    the prompt, without a template."""
+    answer or option, cannot be tokenised, answered, or is more than the model takes."""
     places, size = model.config.max_position_embeddings or math.inf, model.config.vocab_size
     for e in examples:
         questions = [e.question, mcqa_prompt(e, random.Random(0))] if e.false_options else [e.question]
         with refusing(f"{e.where}: cannot be tokenised"):  # a lone surrogate; a template that refuses
-            prompts = [tokenizer.raw(e.question)] if raw else [tokenizer.prompt(q) for q in questions]
+            prompts = [tokenizer.raw(e.question)] if e.raw else [tokenizer.prompt(q) for q in questions]
             answers = [tokenizer.answer(option) for option in (*e.answers, *e.false_options)]
         check(min(map(len, prompts)), Count, f"{e.where}: the length of its prompt is")
         for answer, y in zip((*e.answers, *e.false_options), answers):

@@ -201,11 +201,6 @@ def solved(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) 
     last = [float(x[-1].replace(",", "")) if x else math.nan for x in numbers]
     return [x == float(e.answers[0]) for x, e in zip(last, examples)]
 
-def check_tasks(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]]) -> None:
-    """`check_fits` of each task, as `utility` asks it."""
-    for examples in tasks.values():
-        check_fits(model, tokenizer, examples, raw=bool(examples[0].false_options))
-
 def utility(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]], n: int = 500, seed: int = 0,
             size: int = 16) -> dict:
     """US (C.1): {percent, n, low, high, tasks}, the mean over `load_utility`'s tasks, each on a seeded sample
@@ -568,8 +563,7 @@ def main() -> None:
         about_test = other_questions(s.forget, sets[2], sets[0])
         parts |= {f"test_{name}": C for name, C in about_test.items()}
     model, tokenizer = load(s.model, device=s.device)
-    check_fits(model, tokenizer, [e for C in parts.values() for e in C])
-    check_tasks(model, tokenizer, tasks)
+    check_fits(model, tokenizer, [e for C in (*parts.values(), *tasks.values()) for e in C])
     print(json.dumps({"model": s.model, **scores_of(model, tokenizer, parts, tasks, s)}, indent=1))
 
 if __name__ == "__main__":

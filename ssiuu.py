@@ -40,7 +40,7 @@ from torch import nn
 
 import attack
 from data import Batch, Example, batches, check_fits, collate, encode, encoded, load_alpaca, load_utility
-from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, check_tasks, influence, item_scores
+from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, influence, item_scores
 from evaluate import markdown, mismatched_tau, read_flags, refuse, run, scored_sets, scores_of, settings_for
 from evaluate import splits_of
 from model import LM, Count, Positive, Tokenizer, answer_logprob, check, from_all, here, load, one_process
@@ -648,9 +648,8 @@ def made_of(s: Settings, benign: str) -> tuple:
     scored, instructions = scored_sets(s, sets), load_alpaca(benign)
     model, tokenizer = load(s.model, device=s.device)
     refusals = [Example(e.question, [REFUSAL], where=e.where) for e in sets[0] if backbone_of(s) == "dpo"]
-    used = (sets[1], *scored.values(), refusals, [] if s.no_attack else instructions)
+    used = (sets[1], *scored.values(), *tasks.values(), refusals, [] if s.no_attack else instructions)
     check_fits(model, tokenizer, [e for C in used for e in C])
-    check_tasks(model, tokenizer, tasks)
     if len({e.answers[0] for e in sets[0]}) < 2:
         refuse(f"{s.forget}: found {len(sets[0])} items, expected at least two different answers")
     if s.tau is None:
