@@ -130,17 +130,14 @@ def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
         raise ValueError(f"{path}: found no questions, expected {part} of at least one entity")
     return examples
 
-def related(facts: list[Example], questions: list[Example], part: str) -> list[list[Example]]:
-    """For each of `facts`, of hop1_unlearn, those of `questions`, of `part`, about its entity that belong to
-    it: of hop2_test what starts from its relation, all where there is none; else those with its answer."""
-    def belongs(e: Example, fact: Example) -> bool:
-        if e.entity != fact.entity:
-            return False
-        if part == "hop2_test":
-            return not (e.relation and fact.relation) or e.relation.startswith(f"{fact.relation} >")
-        return not {normalise(a) for a in e.answers}.isdisjoint(map(normalise, fact.answers))
-
-    return [[e for e in questions if belongs(e, fact)] for fact in facts]
+def belongs(e: Example, part: str, fact: Example) -> bool:
+    """Is this question, of `part`, about this fact of hop1_unlearn? It is about the fact's entity, and in
+    hop2_test it starts from the fact's relation, if both have one; elsewhere it has the fact's answer."""
+    if e.entity != fact.entity:
+        return False
+    if part == "hop2_test":
+        return not (e.relation and fact.relation) or e.relation.startswith(f"{fact.relation} >")
+    return not {normalise(a) for a in e.answers}.isdisjoint(map(normalise, fact.answers))
 
 # ---------------------------------------------------------------------------------------- utility tasks
 

@@ -27,8 +27,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 
-from data import Batch, Example, check_fits, collate, encoded, load_faithun, load_tofu, load_utility
-from data import mcqa_prompt, normalise, related, same, split, tofu_split
+from data import Batch, Example, belongs, check_fits, collate, encoded, load_faithun, load_tofu, load_utility
+from data import mcqa_prompt, normalise, same, split, tofu_split
 from model import LM, Count, Natural, Tokenizer, answer_logprob, check, fill, generate, here, load
 from model import located, one_process, read_json, refuse, wanted, write_json
 
@@ -112,16 +112,13 @@ def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int =
 def other_questions(path: str, C: list[Example], C_f: list[Example]) -> dict[str, list[Example]]:
     """FaithUn's further questions about the facts of C (Yang et al. 2025): paraphrases, questions that need
     the fact for a hop, and other facts with the same answer, which are to be retained and are none of C_f."""
-    forgotten, found = {e.question for e in C_f}, {}
-    parts = {"paraphrased": "hop1_test", "multi_hop": "hop2_test", "same_answer": "same_object"}
+    parts, found = {"paraphrased": "hop1_test", "multi_hop": "hop2_test", "same_answer": "same_object"}, {}
     for name, part in parts.items():
-        groups = related(C, load_faithun(path, part), part)
-        questions = {e.question: e for group in groups for e in group}
-        if part == "same_object":
-            questions = {q: e for q, e in questions.items() if q not in forgotten}
-        if questions:
-            found[name] = list(questions.values())
-    return found
+        questions = load_faithun(path, part)
+        found[name] = {e.question: e for fact in C for e in questions if belongs(e, part, fact)}
+    for e in C_f:
+        found["same_answer"].pop(e.question, None)
+    return {name: list(asked.values()) for name, asked in found.items() if asked}
 
 def scored_sets(s: "Data", sets: tuple) -> dict[str, list[Example]]:
     """{score: its examples}: FS, RS, and for FaithUn the accuracy on C_r and on other questions about C_f."""

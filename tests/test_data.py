@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from data import (Example, batches, check_fits, collate, encode, load_alpaca, load_faithun, load_tofu,
-                  load_utility, mcqa_prompt, normalise, related, split, tofu_split)
+from data import (Example, batches, belongs, check_fits, collate, encode, load_alpaca, load_faithun,
+                  load_tofu, load_utility, mcqa_prompt, normalise, split, tofu_split)
 from model import load
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +232,10 @@ def test_tofus_folds_are_pairs_of_authors():
     assert [forget[0] for forget, _ in folds[1:4]] == PAIRS
     with pytest.raises(ValueError, match="expected 0 to 99"):
         tofu_split(C_f, C_r, 100)
+
+
+def related(facts, questions, part):
+    return [[e for e in questions if belongs(e, part, fact)] for fact in facts]
 
 
 def test_related_questions_of_the_shipped_facts():
