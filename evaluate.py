@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -220,12 +220,10 @@ FFN = MODULES[4:]
 @contextmanager
 def hooked(layers: Iterable[nn.Module], hook: Callable) -> Iterator[None]:
     """Inside, hook(layer, inputs, output) sees each layer's output; a tensor that it returns replaces it."""
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    try:
+    with ExitStack() as handles:
+        for layer in layers:
+            handles.enter_context(layer.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 def neuron_attribution(model: LM, batch: Batch, modules: tuple[str, ...] = MODULES) -> dict[str, Tensor]:
     """A = h dP(y|x)/dh at the outputs h of the linear modules, (B, K, n) each (Eq. 1). A batch gives what
