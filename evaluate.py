@@ -30,7 +30,7 @@ from torch import Tensor, distributed, nn
 from data import Batch, Example, belongs, check_fits, collate, encoded, load_faithun, load_tofu, load_utility
 from data import mcqa_prompt, normalise, same, split, tofu_split
 from model import LM, Count, Natural, Tokenizer, answer_logprob, check, fill, generate, here, load
-from model import located, one_process, read_json, refuse, wanted, write_json
+from model import located, one_process, read_json, refuse, refusing, wanted, write_json
 
 Share = Annotated[float, ("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Rate = Annotated[float, ("a number above 0 and below 1", lambda x: 0 < x < 1)]
@@ -427,7 +427,10 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
         s = fill(kind, values | given, file)
     else:
         s = settings_for(kind, given)
-    check_device(s.device)
+    with refusing(f"--device: found {s.device!r}, expected one that works on this machine"):
+        if s.device == "cuda" and here()[1] > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=s.device).item()  # meta's cannot be read
     return s
 
 def flag(kind) -> dict:
@@ -478,14 +481,6 @@ def facts_of(file: Path) -> dict:
     fill(Data, facts, file)
     home = file.resolve().parent.parent.parent  # where runs/ lies, and the command was given
     return {key: os.path.relpath(home / x) if isinstance(x, str) else x for key, x in facts.items()}
-
-def check_device(device: str) -> None:
-    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    names = ["cpu", *(["cuda", *cuda] if cuda else []), *["mps"] * torch.backends.mps.is_available()]
-    if device not in names:
-        refuse(f"--device: found {device!r}, expected {' or '.join(names)} on this machine")
-    if device == "cuda" and here()[1] > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 def check_folder(flag: str, path: str | Path) -> None:
     """Refuses, before the work, a folder that could not be made or written to; makes nothing."""
