@@ -117,7 +117,7 @@ def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: floa
             return
         for lr in s.attack_lrs:
             key = {"kind": "harmful", "p": p, "seed": draw, "lr": lr, "n": len(rest), "retrained": len(rows)}
-            generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
+            generator = torch.Generator().manual_seed(s.seed + draw)
             changes = how(model, rows, lr, s.attack_epochs, s.attack_batch, generator)
             yield attacked(model, tokenizer, key, changes, rest, s.eval_batch, known)
 
@@ -130,7 +130,7 @@ def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: li
         taught = encoded(tokenizer, chosen)
         for lr in s.benign_lrs:
             key = {"kind": "benign", "seed": draw, "lr": lr, "n": len(pool), "retrained": len(chosen)}
-            generator = torch.Generator().manual_seed((s.seed + draw) % 2 ** 63)
+            generator = torch.Generator().manual_seed(s.seed + draw)
             changes = retrain(model, taught, lr, 1, s.attack_batch, generator, s.benign_points)
             yield attacked(model, tokenizer, key, changes, pool, s.eval_batch, known)
 

@@ -35,7 +35,6 @@ from model import located, one_process, read_json, refuse, refusing, wanted, wri
 Share = Annotated[float, ("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Rate = Annotated[float, ("a number above 0 and below 1", lambda x: 0 < x < 1)]
 Amount = Annotated[float, ("a number, 0 or more", lambda x: x >= 0)]
-Seed = Annotated[int, ("a whole number from 0 to 9223372036854775807", lambda x: 0 <= x < 2 ** 63)]
 
 # ------------------------------------------------------------------------------------------------ scores
 
@@ -384,7 +383,7 @@ class Data:
     splits: str | None = None            # folder of FaithUn's split files; faithun_splits beside --forget
     fold: Natural = 0                    # 0: the published forget set; 1, 2, ...: other, disjoint ones
     test_limit: Count | None = None      # score so many items of C_t; all of FaithUn's, 300 of TOFU's
-    seed: Seed = 0                       # of every random stream
+    seed: Natural = 0                    # of every random stream
     eval_batch: Count = 64               # sequences at a time when scoring
     device: str = "cpu"                  # cpu, cuda, cuda:1, mps
     traceback: bool = False              # show where an unforeseen error came from
