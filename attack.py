@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from data import Example, batches, check_fits, collate, encoded, load_alpaca
-from evaluate import Data, Rate, Share, accuracy, answered, cell, check_folder, margin, markdown
+from evaluate import Data, Name, Rate, Share, accuracy, answered, cell, check_folder, margin, markdown
 from evaluate import read_flags, refuse, run, splits_of, wilson
 from model import LM, Count, Tokenizer, answer_logprob, load, located, save, write_json
 
@@ -37,12 +37,12 @@ class Harmful(Data):
 
 @dataclass
 class Settings(Harmful):
-    control: tuple[str, ...] | None = None  # attack these on the same items: the original, one never taught
+    control: tuple[Name, ...] | None = None  # attack these on the same items: the original, one never taught
     benign: str | None = "data/instructions.json"  # Alpaca file of the benign attack (6.2.2); "": none
     benign_lrs: tuple[Rate, ...] = (1e-5, 1e-6, 1e-7)  # learning rates of the benign attack (6.2.2, D.2)
     benign_rows: Count = 1000             # rows a draw, one pass (6.2.2; the passes are unpublished)
     benign_points: Count = 5              # scores in a pass; unpublished
-    save: str | None = None               # only write the model that the first p, rate and draw end in here
+    save: Name | None = None              # only write the model that the first p, rate and draw end in here
 
 def retrain(model: LM, rows: list, lr: float, epochs: int, size: int, generator: torch.Generator,
             points: int = 1, weights: Iterable[nn.Parameter] | None = None) -> Iterator[float]:

@@ -35,6 +35,7 @@ from model import located, one_process, read_json, refuse, refusing, wanted, wri
 Share = Annotated[float, ("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Rate = Annotated[float, ("a number above 0 and below 1", lambda x: 0 < x < 1)]
 Amount = Annotated[float, ("a number, 0 or more", lambda x: x >= 0)]
+Name = Annotated[str, ("a name", bool)]
 
 # ------------------------------------------------------------------------------------------------ scores
 
@@ -377,10 +378,10 @@ ROOT = Path(__file__).resolve().parent
 @dataclass
 class Data:
     """The flags that all commands share: a field is a flag, its comment the help, its type the check."""
-    model: str = "data/tiny"             # checkpoint directory or hub id
-    forget: str = "data/faithun.json"    # FaithUn's file; with --retain TOFU's forget01, or your rows like it
-    retain: str | None = None            # TOFU's retain99, or your own: JSON lines of question and answer
-    splits: str | None = None            # folder of FaithUn's split files; faithun_splits beside --forget
+    model: Name = "data/tiny"            # checkpoint directory or hub id
+    forget: Name = "data/faithun.json"   # FaithUn's file; with --retain TOFU's forget01, or your rows like it
+    retain: Name | None = None           # TOFU's retain99, or your own: JSON lines of question and answer
+    splits: Name | None = None           # folder of FaithUn's split files; faithun_splits beside --forget
     fold: Natural = 0                    # 0: the published forget set; 1, 2, ...: other, disjoint ones
     test_limit: Count | None = None      # score so many items of C_t; all of FaithUn's, 300 of TOFU's
     seed: Natural = 0                    # of every random stream
@@ -390,7 +391,7 @@ class Data:
 
 @dataclass
 class Scored(Data):
-    utility: str | None = None           # folder of the utility tasks' files (MMLU, ..., or TOFU's), for US
+    utility: Name | None = None          # folder of the utility tasks' files (MMLU, ..., or TOFU's), for US
     utility_n: Count = 500               # items of each utility task (6.2.1)
 
 @cache
@@ -413,17 +414,11 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
         parser.add_argument("--" + field.name.replace("_", "-"), **flag(types[field.name]),
                             help=helps[field.name].replace("%", "%%") + shown)
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if name != "benign" and "" in (value if isinstance(value, list) else [value]):
-            refuse(f"--{name}: found '', expected a name")
     if given.get("resume"):
         if "name" in given:
             refuse(f"--name: found {given['name']!r} beside --resume, expected one of the two")
         file = Path(given["resume"], "settings.json")
-        values = read_json(file).get("settings")
-        if not isinstance(values, dict) or values.keys() != types.keys():
-            refuse(f"{file}: found {values!r:.40}, expected a run's settings, a value for each flag")
-        s = fill(kind, values | given, file)
+        s = fill(kind, check(read_json(file).get("settings"), dict, f"{file}: settings is") | given, file)
     else:
         s = settings_for(kind, given)
     with refusing(f"--device: found {s.device!r}, expected one that works on this machine"):
@@ -517,10 +512,10 @@ def run(main: Callable[[], None]) -> None:
 
 @dataclass
 class Settings(Scored):
-    before: str | None = None            # analyse a pair: the model before unlearning, ...
-    after: str | None = None             # ... after it, ...
-    attacked: str | None = None          # ... and after an attack (attack.py --save)
-    out: str | None = None               # folder for analysis.json; --after
+    before: Name | None = None           # analyse a pair: the model before unlearning, ...
+    after: Name | None = None            # ... after it, ...
+    attacked: Name | None = None         # ... and after an attack (attack.py --save)
+    out: Name | None = None              # folder for analysis.json; --after
 
 def scores_of(model: LM, tokenizer: Tokenizer, parts: dict, tasks: dict, s: Scored) -> dict:
     """The accuracy on each of `scored_sets`, log P of C_f and its margin, and US."""

@@ -40,7 +40,7 @@ from torch import nn
 
 import attack
 from data import Batch, Example, batches, check_fits, collate, encode, encoded, load_alpaca, load_utility
-from evaluate import FFN, ROOT, Amount, Data, Rate, Scored, Share, cell, influence, item_scores
+from evaluate import FFN, ROOT, Amount, Data, Name, Rate, Scored, Share, cell, influence, item_scores
 from evaluate import markdown, mismatched_tau, read_flags, refuse, run, scored_sets, scores_of, settings_for
 from evaluate import splits_of
 from model import LM, Count, Positive, Tokenizer, answer_logprob, check, from_all, here, load, one_process
@@ -161,8 +161,8 @@ class Settings(Scored):
     no_attack: bool = False               # leave out the attacks; attack.py tunes them
     offload: bool = False                 # Adam's moments and A_prev wait in host memory: less on the GPU
     save_every: Count = 10                # steps between resumable states
-    name: str | None = None               # results go to runs/<name>; <method>-<model>
-    resume: str | None = None             # continue the run in this folder
+    name: Name | None = None              # results go to runs/<name>; <method>-<model>
+    resume: Name | None = None            # continue the run in this folder
 
 @dataclass
 class State:

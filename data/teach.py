@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack import retrain  # noqa: E402
 from data import Example, check_fits, encode, load_faithun, load_tofu, mcqa_prompt, same  # noqa: E402
-from evaluate import Data, Rate, check_folder, read_flags, refuse, run, splits_of  # noqa: E402
+from evaluate import Data, Name, Rate, check_folder, read_flags, refuse, run, splits_of  # noqa: E402
 from model import Count, Natural, load, save  # noqa: E402
 
 @dataclass
 class Settings(Data):
-    rows: str | None = None               # JSON lines of question and answer; the facts of --forget
+    rows: Name | None = None              # JSON lines of question and answer; the facts of --forget
     without: Natural | None = None        # leave out what this fold forgets
-    out: str = "runs/taught"              # a new folder for the model
+    out: Name = "runs/taught"             # a new folder for the model
     teach_lr: Rate = 1e-5                 # learning rate (C.1, TOFU)
     teach_epochs: Count = 5               # passes over the rows (C.1, TOFU)
     teach_batch: Count = 8                # rows a step; unpublished

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import attack  # noqa: E402
 import ssiuu  # noqa: E402
 from data import Example  # noqa: E402
-from evaluate import Data, check_folder, markdown, read_flags, run  # noqa: E402
+from evaluate import Data, Name, check_folder, markdown, read_flags, run  # noqa: E402
 from model import LM, Config, Count, load, located, prefill, read_config, write_json  # noqa: E402
 
 ANSWER = 6  # tokens of y
@@ -50,7 +50,7 @@ class Settings(Data):
     offload: bool = False                 # Adam's moments and A_prev on the host
     literal: bool = False                 # measure Algorithm 1 on transformers' model instead
     config: Literal["llama-3.2-3b", "qwen2.5-3b", None] = None  # a model of this size instead
-    out: str = "runs/bench.json"          # where the numbers go
+    out: Name = "runs/bench.json"         # where the numbers go
 
 class RandomTokens:
     """In place of a tokenizer: a question is a seed, and gives K - 6 random tokens; an answer six."""

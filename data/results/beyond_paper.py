@@ -23,8 +23,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Batch, Example, check_fits, collate, encoded, load_faithun, load_tofu  # noqa: E402
-from evaluate import (MODULES, Data, accuracy, check_folder, correlation, distractors, hiding,  # noqa: E402
-                      hooked, influence, influence_variation, margin, neuron_attribution, read_flags,
+from evaluate import (MODULES, Data, Name, accuracy, check_folder, correlation, distractors,  # noqa: E402
+                      hiding, hooked, influence, influence_variation, margin, neuron_attribution, read_flags,
                       refuse, run, splits_of, wilson)
 from model import LM, Count, Tokenizer, answer_logprob, load, vocabulary_logprob, write_json  # noqa: E402
 
@@ -198,16 +198,16 @@ def auc(members: list[float], others: list[float]) -> dict:
 
 @dataclass
 class Settings(Data):
-    before: str | None = None            # the model before unlearning; --model
-    after: str = "runs/ssiuu-tiny"       # ... and after it
-    attacked: str | None = None          # ... and after an attack (attack.py --save), for membership only
-    unseen: str | None = None            # facts no model saw, for membership; the questions, wrong answers
+    before: Name | None = None           # the model before unlearning; --model
+    after: Name = "runs/ssiuu-tiny"      # ... and after it
+    attacked: Name | None = None         # ... and after an attack (attack.py --save), for membership only
+    unseen: Name | None = None           # facts no model saw, for membership; the questions, wrong answers
     ms: tuple[Count, ...] = (10, 30, 100, 300, 1000)  # silence so many of the neurons with the largest D-
     items: Count = 8                     # compare three attributions on so many items, at least 2
     blocks: Count = 6                    # ... in so many blocks, evenly spaced
     neurons: Count = 8                   # ... on so many neurons of each of their modules, at random
     steps: Count = 64                    # ... and with so many steps of integrated gradients
-    out: str | None = None               # folder for beyond.json; --after
+    out: Name | None = None              # folder for beyond.json; --after
 
 def facts(s: Settings) -> tuple[list[Example], list[Example]]:
     """C_f, and what no model saw: the facts of --unseen, or C_f's questions with wrong answers."""

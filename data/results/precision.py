@@ -17,7 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data import Batch, collate, encoded  # noqa: E402
-from evaluate import Data, Rate, check_folder, read_flags, run, splits_of  # noqa: E402
+from evaluate import Data, Name, Rate, check_folder, read_flags, run, splits_of  # noqa: E402
 from model import LM, Count, Positive, answer_logprob, load, write_json  # noqa: E402
 from ssiuu import attribution, gd_loss, negative, surrogate, provenance, weights  # noqa: E402
 
@@ -27,7 +27,7 @@ class Settings(Data):
     steps: Count = 12                    # of the run
     items: Count = 33                    # sequences of C_f and of C_r
     lam: Positive = 0.1                  # weight of the penalty
-    out: str = "runs/precision.json"     # where the numbers go
+    out: Name = "runs/precision.json"    # where the numbers go
 
 @contextmanager
 def precision(kind: str, device: torch.device):
