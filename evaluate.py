@@ -529,18 +529,16 @@ def scores_of(model: LM, tokenizer: Tokenizer, parts: dict, tasks: dict, s: Scor
 def main() -> None:
     s = read_flags(Settings, __doc__)
     paths = {name: getattr(s, name) for name in ("before", "after", "attacked") if getattr(s, name)}
-    if paths:
-        folder = Path(s.out or s.after or "")
+    if paths or s.out:
         if not (s.before and s.after):
-            refuse(f"--before, --after: found {', '.join(paths)}, expected both")
+            refuse(f"--before, --after, --out: found {', '.join(paths) or s.out}, expected the first two")
+        folder = Path(s.out or s.after)
         if not s.out and not folder.is_dir():
             refuse(f"--out: found nothing, expected a folder, since --after {s.after} is none")
         check_folder("--out", folder)
         result = analyse(s, paths)
         write_json(folder / "analysis.json", result)
         return print(f"{summary(result)}\n{folder / 'analysis.json'}", flush=True)
-    if s.out:
-        refuse(f"--out: found {s.out!r}, expected it beside --before and --after")
     tasks, sets = load_utility(s.utility) if s.utility else {}, splits_of(s)
     parts = scored_sets(s, sets)
     if not s.retain:
