@@ -607,10 +607,10 @@ def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, (json.dumps(value, indent=1) + "\n").encode())
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None, each=False) -> None:
-    """Like write(), for a safetensors file; `metadata` holds strings. `each`: every process writes one."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], each: bool = False) -> None:
+    """Like write(), for a safetensors file. `each`: every process writes one."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(tensors, path.with_name(path.name + ".tmp"), metadata={"format": "pt", **(metadata or {})})
+    save_file(tensors, path.with_name(path.name + ".tmp"), metadata={"format": "pt"})
     os.chmod(path.with_name(path.name + ".tmp"), 0o644)  # the library leaves 0600
     if each:
         from_all(path)  # none is replaced before all are written

@@ -91,7 +91,7 @@ def steps(path, change, *stops):
         if log:
             load_state(file, model, state, s)
         log += unlearn(model, tokenizer, C_f, C_r, replace(s, steps=last), state)
-        write_tensors(file, state_tensors(model, state), {"t": str(state.t)}, each=True)
+        write_tensors(file, state_tensors(model, state), each=True)
     return whole(model, model.parameters()), [r for r in log if r.pop("seconds")]
 
 

@@ -140,7 +140,7 @@ def weights_after(s, tmp_path=None, cut=0):
             load_state(tmp_path / "state.safetensors", model, state, s)
         records += unlearn(model, Letters(), C_f, C_r, replace(s, steps=steps), state)
         if tmp_path:
-            write_tensors(tmp_path / "state.safetensors", state_tensors(model, state), {"t": str(state.t)})
+            write_tensors(tmp_path / "state.safetensors", state_tensors(model, state))
     return [p.detach().clone() for p in model.parameters()], records
 
 
