@@ -136,6 +136,7 @@ def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:
 REFUSAL = "I can't answer the question."  # C.2 (3)
 METHODS = ("ssiuu", "ga", "gd", "dpo", "npo", "rmu", "klue", "random")
 RMU_C, KLUE_ALPHA, KLUE_N = 20.0, 10.0, 5  # C.2 (5), (6)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 Row = tuple[list[int], list[bool]]  # one encoded (x, y) of data.encode
 
 @dataclass
@@ -338,31 +339,28 @@ def batch_attribution(model: LM, b: list[Part], whole: Graph | None, phi: Tensor
         A[part.key] = [x.add_(a) for x, a in zip(A[part.key], constant)] if part.key in A else constant
     return A
 
-def on_host(x: Tensor, room: Tensor | None = None) -> Tensor:
-    """A copy of x in host memory, in `room` if that was given; page-locked where x is on CUDA."""
-    room = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) if room is None else room
-    return room.copy_(x)
+def on_host(x: Tensor) -> Tensor:
+    """A copy of x in host memory, page-locked where x is on CUDA; torch uses such memory again."""
+    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)
 
 def remember(state: State, A: dict[int, Tensors], s: Settings) -> None:
     """A_prev <- A (Alg. 1 l.12), on the host with --offload; a first A stays with `--anchor initial`."""
     for key in A if s.anchor == "previous" else A.keys() - state.A_prev.keys():
-        room = state.A_prev.get(key, [None] * len(A[key]))
-        state.A_prev[key] = [on_host(*pair) for pair in zip(A[key], room)] if s.offload else A[key]
+        state.A_prev.pop(key, None)  # first: its place on the host is taken again
+        state.A_prev[key] = [on_host(a) for a in A[key]] if s.offload else A[key]
 
 def offload_moments(optimizer: torch.optim.Optimizer) -> None:
     """From now on Adam's moments lie on the host but for the update itself, when no graph is there."""
-    def moments() -> Iterator[tuple]:
-        return ((p, state, key) for p, state in optimizer.state.items() for key in ("exp_avg", "exp_avg_sq"))
-
     def fetch(*_) -> None:
-        for p, state, key in moments():
-            state[key] = state[key].to(p.device)
+        for p, moments in optimizer.state.items():
+            for key in MOMENTS:
+                moments[key] = moments[key].to(p.device)
 
     def put_away(*_) -> None:
-        for p, state, key in moments():
-            room[p, key] = state[key] = on_host(state[key], room.get((p, key)))
+        for moments in optimizer.state.values():
+            for key in MOMENTS:
+                moments[key] = on_host(moments[key])
 
-    room = {}
     optimizer.register_step_pre_hook(fetch)
     optimizer.register_step_post_hook(put_away)
 
@@ -468,7 +466,7 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
         state.A_prev = {key: [room(p.detach()) for p in phi] for key in sorted(keys)}
     for group in state.optimizer.param_groups:
         for p in group["params"]:
-            moments = {name: room(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            moments = {key: room(p.detach()) for key in MOMENTS}
             state.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     expected = state_tensors(model, state)
     for name in sorted(expected.keys() | found.keys()):
