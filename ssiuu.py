@@ -480,12 +480,11 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
 SCORE = ("percent", "low", "high", "n")
 Percent = Annotated[dict, ("a score", lambda x: not any(wanted(x.get(key), float) for key in SCORE))]
 Curve = Annotated[list, ("numbers", lambda x: len(x) > 1 and not wanted(x, tuple[float, ...]))]
-# what a resumed run reads of each kind of line in log.jsonl
 SCORES = {"FS": Percent, "RS": Percent, "US": Percent | None}
-RECORDS = {"before": SCORES, "step": {"t": Count, "FS": float},
-           "after": SCORES | {"steps": Count, "reached": bool, "weights": str},
-           "harmful": {"seed": int, "n": Count}, "benign": {"seed": int, "n": Count}}
-CURVES = {"FS": Curve, "logp": Curve, "margin": Curve}
+CELL = {"seed": int, "n": Count, "FS": Curve | None, "logp": Curve | None, "margin": Curve | None}
+# what a resumed run reads of each kind of line in log.jsonl
+RECORDS = {"before": SCORES, "step": {"t": Count, "FS": float}, "harmful": CELL, "benign": CELL,
+           "after": SCORES | {"steps": Count, "reached": bool, "weights": str}}
 
 def read_log(path: Path) -> list[dict]:
     """The records of log.jsonl; a last line that a kill cut short is dropped."""
@@ -494,11 +493,11 @@ def read_log(path: Path) -> list[dict]:
         write(path, "".join(line + "\n" for line in lines).encode())
     log = []
     for i, line in enumerate(lines, 1):
-        log.append(check(parse(line, f"{path} line {i}"), dict, f"{path} line {i} is"))
-        kind = check(log[-1].get("kind"), Literal[tuple(RECORDS)], f"{path} line {i}: kind is")
-        wants = RECORDS[kind] | (CURVES if kind in ("harmful", "benign") and "failed" not in log[-1] else {})
-        for key, each in wants.items():
-            check(log[-1].get(key), each, f"{path} line {i}: {key} is")
+        record = check(parse(line, f"{path} line {i}"), dict, f"{path} line {i} is")
+        kind = check(record.get("kind"), Literal[tuple(RECORDS)], f"{path} line {i}: kind is")
+        for key, each in RECORDS[kind].items():
+            check(record.get(key), each, f"{path} line {i}: {key} is")
+        log.append(record)
     return log
 
 def note(folder: Path, log: list[dict], record: dict) -> None:
@@ -633,10 +632,8 @@ def begun(folder: Path, record: dict[str, dict]) -> None:
     was = read_json(file, default=now)
     for part in now | was:
         old, new = check(was.get(part), dict, f"{file}: {part} is"), now.get(part, {})
-        for key in old | new:
-            if key not in FREE and (key not in old or old[key] != new.get(key)):
-                raise ValueError(f"{file}: {part} {key}: found {new.get(key)!r:.60}, expected "
-                                 f"{old.get(key)!r:.60}")
+        for key in sorted((old | new).keys() - FREE):
+            check(new.get(key), Literal[old.get(key)], f"{file}: {part} {key}: found")
     write_json(file, record)
 
 def made_of(s: Settings, benign: str) -> tuple:
