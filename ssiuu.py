@@ -258,17 +258,15 @@ def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings
 
 def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (n,) bool
     """KLUE's neurons in the order of `trained`: outputs of gate, up and down, ranked over all blocks."""
-    def attribution_of(pairs: list[tuple[str, str]]) -> Tensor:  # Eq. 1, max over tokens, at least 0: ours
-        A = influence(model, [encode(tokenizer, *pair) for pair in pairs], FFN)
+    def attribution_of(rows: list[Row]) -> Tensor:  # Eq. 1, max over tokens, at least 0: ours
+        A = influence(model, rows, FFN)
         return torch.cat([a[0].clamp(min=0).mean(0) for a in A.values()])
 
-    draw = random.Random(f"klue {s.seed}")
-    others = [[x.question for x in C_f if x.answers[0] != e.answers[0]] for e in C_f]
-    A = attribution_of([(e.question, e.answers[0]) for e in C_f])
-    wrong = []
+    draw, wrong = random.Random(f"klue {s.seed}"), []
     for _ in range(KLUE_N):
-        pairs = [(draw.choice(questions), e.answers[0]) for questions, e in zip(others, C_f)]
-        wrong.append(attribution_of(pairs))
+        questions = [draw.choice([x.question for x in C_f if x.answers[0] != e.answers[0]]) for e in C_f]
+        wrong.append(attribution_of([encode(tokenizer, q, e.answers[0]) for q, e in zip(questions, C_f)]))
+    A = attribution_of(encoded(tokenizer, C_f))
     return klue_mask(A, torch.stack(wrong), KLUE_ALPHA, s.klue_share)
 
 def rmu_step(model: LM, phi: Tensors, b: Batch, b_r: Batch, steer: tuple[Tensor, Tensors], s: Settings
