@@ -31,10 +31,6 @@ class Harmful(Data):
     attack_batch: Count = 4               # of both attacks; unpublished
     attack_draws: Count = 3               # draws of the retrained rows (6.2.2: three runs)
 
-    def __post_init__(self):
-        if len({f"{p:g}" for p in self.p}) < len(self.p):
-            refuse(f"--p: found {self.p}, expected unlike fractions")
-
 @dataclass
 class Settings(Harmful):
     control: tuple[Name, ...] | None = None  # attack these on the same items: the original, one never taught

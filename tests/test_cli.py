@@ -441,7 +441,6 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
      ["tests/golden/llama"]),
     ("evaluate.py", ["--out", "somewhere"], ["--out", "--before"]),
     ("attack.py", ["--p", "0"], ["--p"]),
-    ("attack.py", ["--p", "0.1", "0.1"], ["--p", "unlike"]),
     ("attack.py", ["--p", "0.1", "1.5"], ["--p", "1.5"]),
     ("attack.py", ["--attack-epochs", "0"], ["--attack-epochs"]),
     ("attack.py", ["--benign", "nowhere.json"], ["nowhere.json"]),
