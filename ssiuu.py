@@ -136,7 +136,6 @@ def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:
 REFUSAL = "I can't answer the question."  # C.2 (3)
 METHODS = ("ssiuu", "ga", "gd", "dpo", "npo", "rmu", "klue", "random")
 RMU_C, KLUE_ALPHA, KLUE_N = 20.0, 10.0, 5  # C.2 (5), (6)
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 Row = tuple[list[int], list[bool]]  # one encoded (x, y) of data.encode
 
 @dataclass
@@ -351,12 +350,12 @@ def offload_moments(optimizer: torch.optim.Optimizer) -> None:
     """From now on Adam's moments lie on the host but for the update itself, when no graph is there."""
     def fetch(*_) -> None:
         for p, moments in optimizer.state.items():
-            for key in MOMENTS:
+            for key in ("exp_avg", "exp_avg_sq"):
                 moments[key] = moments[key].to(p.device)
 
     def put_away(*_) -> None:
         for moments in optimizer.state.values():
-            for key in MOMENTS:
+            for key in ("exp_avg", "exp_avg_sq"):
                 moments[key] = on_host(moments[key])
 
     optimizer.register_step_pre_hook(fetch)
@@ -458,14 +457,13 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     with refusing(f"{path}: not a readable state"):
         found = load_file(path)  # on the host: it is large
         keys = {int(name.split()[1]) for name in found if name.startswith("A_prev ")}
-    room = on_host if s.offload else torch.empty_like
     if s.method == "ssiuu":
-        phi, keys = scope_of(model, s.scope), keys if s.per_example else {0}
-        state.A_prev = {key: [room(p.detach()) for p in phi] for key in sorted(keys)}
-    for group in state.optimizer.param_groups:
-        for p in group["params"]:
-            moments = {key: room(p.detach()) for key in MOMENTS}
-            state.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+        for key in sorted(keys) if s.per_example else [0]:
+            remember(state, {key: [torch.empty_like(p) for p in scope_of(model, s.scope)]}, s)
+    for p in trained(model, s.method).values():
+        p.grad = torch.zeros_like(p)
+    state.optimizer.step()  # of zeros: it makes Adam's moments and moves nothing
+    state.optimizer.zero_grad()
     expected = state_tensors(model, state)
     for name in sorted(expected.keys() | found.keys()):
         x, y = expected.get(name), found.get(name)
