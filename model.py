@@ -209,10 +209,8 @@ def prefill(model: LM, prompts: list[list[int]], room: int) -> tuple[Tensor, Ten
     length = torch.tensor([len(p) for p in prompts], device=device)
     width = int(length.max())
     ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device)
-    shape = (len(prompts), width + room, c.num_key_value_heads, c.head_dim)
-    dtype = model.lm_head.weight.dtype
-    cache = [(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-             for _ in range(c.num_hidden_layers)]
+    shape = (2, len(prompts), width + room, c.num_key_value_heads, c.head_dim)  # keys and values
+    cache = [model.lm_head.weight.new_zeros(shape).unbind() for _ in range(c.num_hidden_layers)]
     positions = torch.arange(width, device=device).expand(len(prompts), -1)
     return model.hidden(ids, positions, cache)[torch.arange(len(prompts)), length - 1], length, cache
 
