@@ -21,7 +21,6 @@ Dimensions: B sequences, K tokens, D hidden size, N items, n neurons.
 import hashlib
 import json
 import math
-import os
 import platform
 import random
 import shutil
@@ -569,13 +568,11 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     Returns the last record."""
     state, start = begin(model, tokenizer, sets[0], s), time.time()
     path = folder / (f"state-{here()[0]}.safetensors" if here()[0] else "state.safetensors")
-    if os.path.lexists(path):  # a dead link or a folder there is an error
+    if path.exists():
         load_state(path, model, state, s)
-    if len(found := {*from_all(state.t)}) > 1:
-        raise ValueError(f"{folder}: found states of steps {found}, expected every process's of one step")
+    check(len({*from_all(state.t)}), Literal[1], f"{folder}: the number of steps that its states are of is")
     steps = [r for r in log if r["kind"] == "step" and r["t"] <= state.t]  # the rest is done again
-    found = [r["t"] for r in steps]
-    if found != list(range(1, state.t + 1)):
+    if (found := [r["t"] for r in steps]) != list(range(1, state.t + 1)):
         raise ValueError(f"{folder}/log.jsonl: found steps {found}, expected 1 to {state.t}")
     log[:] = [r for r in log if r["kind"] == "before"] + steps
     write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
@@ -588,7 +585,7 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
         print(f"step {r['t']}/{s.steps}  L {r['L']:.3f}  L_SSIUU {r.get('L_SSIUU', 0):.2e}  |I-| "
               f"{100 * r.get('I_neg', 0):.1f}%  P {r['P']:.4f}  FS {r['FS']:.1f}  {r['seconds']:.1f}s  "
               f"eta <{left:.0f}s", flush=True)
-    for old in ("result.json", "analysis.json", "beyond.json") if here()[0] == 0 else ():
+    for old in ("result.json", "analysis.json", "beyond.json"):
         (folder / old).unlink(missing_ok=True)  # of the weights before
     model.requires_grad_(True)
     save(model, tokenizer, folder)
@@ -611,13 +608,14 @@ def robustness(model: LM, tokenizer: Tokenizer, C_f: list[Example], instructions
     pool = attack.falsely_answered(model, tokenizer, C_f, s.eval_batch)
     return attack.attacks(model, tokenizer, pool, instructions, s, report, known)
 
-def table(rows: dict[str, dict]) -> str:
+def table(result: dict) -> str:
     """Table 1: percent, [95 % interval], n; a dash where nothing was run."""
-    columns = dict.fromkeys(key for row in rows.values() for key in row.get("attacks", {}))
-    head = ["Method", "FS ↓", "RS ↑", "US ↑", *(f"{key} ↓" for key in columns)]
-    lines = [[name, *(cell(row.get(key)) for key in ("FS", "RS", "US")),
-              *(cell(row.get("attacks", {}).get(key)) for key in columns)] for name, row in rows.items()]
-    return markdown([head, *lines])
+    before, after, attacks = (result[key] for key in ("before", "after", "attacks"))
+    name = result["settings"]["method"] + ("" if after["reached"] else ", tau not reached")
+    rows = [["Method", "FS ↓", "RS ↑", "US ↑", *(f"{key} ↓" for key in attacks)]]
+    for method, scores in (("Default", before), (name, after | attacks)):
+        rows.append([method, *(cell(scores.get(key)) for key in ("FS", "RS", "US", *attacks))])
+    return markdown(rows)
 
 FREE = {"steps", "device", "eval_batch", "micro_batch", "offload", "save_every", "no_attack", "traceback",
         "name", "resume"}
@@ -700,9 +698,7 @@ def main() -> None:
     folder = Path(s.resume) if s.resume else from_all(None if here()[0] else new_folder(s))[0]
     with nullcontext() if here()[0] else held(folder, new=not s.resume):  # process 0 holds it for all
         result = experiment(s, folder)
-    name = s.method if result["after"]["reached"] else f"{s.method}, tau not reached"
-    rows = {"Default": result["before"], name: {**result["after"], "attacks": result["attacks"]}}
-    print(f"\n{table(rows)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
+    print(f"\n{table(result)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
 
 if __name__ == "__main__":
     run(main)
