@@ -194,16 +194,14 @@ def backbone_of(s: Settings) -> str:
     """The unlearning loss: a baseline's own, or the one under SSIUU's penalty."""
     return s.backbone if s.method == "ssiuu" else s.method
 
-def trained(model: LM, method: str) -> dict[str, nn.Parameter]:
+def trained(model: LM, method: str) -> list[nn.Parameter]:
     """What a method updates, by name: the index in RMU's published code is another layer in Qwen2."""
-    layer = rmu_layer(model)
+    last = rmu_layer(model)
     if method == "rmu":
-        names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(max(0, layer - 2), layer + 1)]
-    elif method in ("klue", "random"):
-        names = [name for name, _ in model.named_parameters() if ".mlp." in name and name.endswith("weight")]
-    else:
-        names = [name for name, _ in model.named_parameters()]
-    return {name: model.get_parameter(name) for name in names}
+        return [block.mlp.down_proj.weight for block in model.model.layers[max(0, last - 2):last + 1]]
+    if method in ("klue", "random"):
+        return [p for name, p in model.named_parameters() if ".mlp." in name and name.endswith("weight")]
+    return list(model.parameters())
 
 def rmu_layer(model: LM) -> int:
     """l, counted from 0: 7 (C.2 (5)), or the middle of a model that has fewer than 8 blocks."""
@@ -213,18 +211,18 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
     """The state before step 1, from the original weights; a resumed run makes it too, then loads the rest."""
     parameters = trained(model, s.method)
     model.requires_grad_(False)
-    for p in parameters.values():
+    for p in parameters:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=s.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=0.0, fused=True)
     if s.offload:
         offload_moments(optimizer)
     state = State(optimizer, forget_term(model, tokenizer, C_f, s))
     draw = torch.Generator().manual_seed(s.seed)
     if s.method == "rmu":
         u = torch.rand(model.config.hidden_size, generator=draw).to(model.device)  # not Gaussian
-        state.steer = u / u.norm(), [p.detach().clone() for p in parameters.values()]
+        state.steer = u / u.norm(), [p.detach().clone() for p in parameters]
     if s.method in ("klue", "random"):
-        sizes = [len(p) for p in parameters.values()]
+        sizes = [len(p) for p in parameters]
         if s.method == "klue":
             mask = localise(model, tokenizer, C_f, s)
         else:
@@ -234,9 +232,12 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
 
 def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Callable:
     """The backbone's loss on forget items; DPO and NPO keep reference numbers, not a second model."""
-    @torch.no_grad()
-    def reference(rows: list[Row]) -> Tensor:  # -> (N,)
-        return torch.cat([answer_logprob(model, collate([row], model.device)) for row in rows])
+    if backbone_of(s) not in ("dpo", "npo"):
+        return lambda logp, items: ga_loss(logp)
+    refusals = [encode(tokenizer, e.question, REFUSAL) for e in C_f]
+    with torch.no_grad():
+        ref, ref_w = (torch.cat([answer_logprob(model, collate([row], model.device)) for row in rows])
+                      for rows in (encoded(tokenizer, C_f), refusals))
 
     def npo(logp: Tensor, items: list[int]) -> Tensor:
         return npo_loss(logp, ref[items], s.beta)
@@ -245,14 +246,7 @@ def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings
         logp_w = answer_logprob(model, collate([refusals[i] for i in items], model.device))
         return dpo_loss(logp_w, logp, ref_w[items], ref[items], s.beta)
 
-    if backbone_of(s) not in ("dpo", "npo"):
-        return lambda logp, items: ga_loss(logp)
-    ref = reference(encoded(tokenizer, C_f))
-    if backbone_of(s) == "npo":
-        return npo
-    refusals = [encode(tokenizer, e.question, REFUSAL) for e in C_f]
-    ref_w = reference(refusals)
-    return dpo
+    return npo if backbone_of(s) == "npo" else dpo
 
 def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (n,) bool
     """KLUE's neurons in the order of `trained`: outputs of gate, up and down, ranked over all blocks."""
@@ -459,7 +453,7 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     if s.method == "ssiuu":
         for key in sorted(keys) if s.per_example else [0]:
             remember(state, {key: [torch.empty_like(p) for p in scope_of(model, s.scope)]}, s)
-    for p in trained(model, s.method).values():
+    for p in trained(model, s.method):
         p.grad = torch.zeros_like(p)
     state.optimizer.step()  # of zeros: it makes Adam's moments and moves nothing
     state.optimizer.zero_grad()
