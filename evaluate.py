@@ -401,8 +401,7 @@ def comments(kind: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
 
 def read_flags(kind: type, doc: str, argv: list[str] | None = None):
-    """Fills the dataclass `kind`: from flags, else from RESUME/settings.json, else as `settings_for`.
-    ValueError in one line for what does not fit."""
+    """The dataclass `kind`, filled from flags, else from RESUME/settings.json, else as `settings_for`."""
     types, helps = get_type_hints(kind, include_extras=True), comments(kind)
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,

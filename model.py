@@ -549,8 +549,7 @@ def located(path_or_id: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tuple[LM, Tokenizer]:
-    """Loads a directory or a hub id such as meta-llama/Llama-3.2-3B-Instruct. ValueError in one line that
-    names the file for what does not fit."""
+    """Loads a directory or a hub id, meta-llama/Llama-3.2-3B-Instruct. ValueError for what does not fit."""
     path = located(path_or_id)
     config, tensors, n = read_config(path), read_weights(path), here()[1]
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_size"):

@@ -56,8 +56,7 @@ def attribution(P: Tensor, phi: Tensors, hessian: bool = True) -> Tensors:
     """A = phi dP/dphi, each scalar parameter's attribution to P (Eq. 12; Alg. 1 l.5), with its graph.
 
     P, a scalar: the sum of P(y|x) over b, twice differentiable: attention written out, since fused kernels
-    have no second derivative. `hessian=False` takes g as a constant: Eq. 13 without its second term.
-    """
+    have no second derivative. `hessian=False` takes g as a constant: Eq. 13 without its second term."""
     g = torch.autograd.grad(P, phi, create_graph=hessian, retain_graph=True)
     return [p * g_p for p, g_p in zip(phi, g)]                                                   # Eq. 12
 
@@ -83,8 +82,7 @@ def surrogate(L: Tensor, A: Tensors, w: Tensors | None) -> Tensor:  # -> ()
 
     By the product rule grad A holds g and phi H (Eq. 13), so .backward() gives all of Eq. 14: 2 lam Delta g
     and, by double backward, H v with v = w phi. It is linear in L and A: parts of a batch, each with the same
-    w, add up exactly. No w, as at t = 1, is no penalty (l.8).
-    """
+    w, add up exactly. No w, as at t = 1, is no penalty (l.8)."""
     return L if w is None else L + sum((w_p * a).sum() for w_p, a in zip(w, A))
 
 def ga_loss(logp_f: Tensor) -> Tensor:  # (B,) -> ()
@@ -104,8 +102,7 @@ def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta:
     """-2/beta log sigmoid(beta (log pi_w/ref_w - log pi_l/ref_l)) (C.2 (3); Rafailov et al. 2023).
 
     Four (B,) -> (). w is the refusal, l the true answer, ref the log-probabilities before unlearning. 2/beta
-    is the scale of Zhang et al. 2024, beside which the retention loss has weight 1.
-    """
+    is the scale of Zhang et al. 2024, beside which the retention loss has weight 1."""
     return -2 / beta * logsigmoid(beta * ((logp_w - ref_w) - (logp_l - ref_l))).mean()
 
 def npo_loss(logp_f: Tensor, ref_f: Tensor, beta: float) -> Tensor:  # (B,), (B,) -> ()
@@ -116,16 +113,14 @@ def rmu_loss(h_f: Tensor, h_r: Tensor, h_r0: Tensor, u: Tensor, c: float, alpha:
     """Steers forget states to c u, keeps retain states (C.2 (5); Li et al. 2024).
 
     h_f (N, D), h_r and h_r0 (before unlearning) (N', D), u (D,). Rows are real tokens, prompt and answer; the
-    published code counts padding too.
-    """
+    published code counts padding too."""
     return (h_f - c * u).square().mean() + alpha * (h_r - h_r0).square().mean()
 
 def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:  # (n,), (N, n) -> (n,) bool
     """The `share` of neurons that hold the facts (C.2 (6); Yang et al. 2025; no code was published).
 
     A: each neuron's attribution (Eq. 1, max over tokens, mean over C_f). A_wrong: the same for N questions
-    that do not belong to the answer: what is positive there is superficial, counts alpha times against it.
-    """
+    that do not belong to the answer: what is positive there is superficial, counts alpha times against it."""
     score = A - alpha * A_wrong.clamp(min=0).mean(0)
     chosen = score.topk(max(1, round(share * len(score)))).indices
     return torch.zeros_like(score, dtype=torch.bool).index_fill_(0, chosen, True)
@@ -360,8 +355,7 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
 
     w needs A of all of b, so b is passed twice: A is summed as constants, then each part's graph is built and
     left; one part's `whole` graph serves both. b' comes after b: its gradient never lies beside a graph of b.
-    A baseline has its own loss, mask or step, and no phi to penalise. FloatingPointError on NaN, infinity.
-    """
+    A baseline has its own loss, mask or step, and no phi to penalise. FloatingPointError on NaN, infinity."""
     learning = [p for p in model.parameters() if p.requires_grad]
     phi = scope_of(model, s.scope) if s.method == "ssiuu" else []
     rows, rows_r = encoded(tokenizer, C_f), encoded(tokenizer, C_r)
