@@ -329,11 +329,10 @@ def analyse(s: "Settings", paths: dict[str, str]) -> dict:
     for name, path in {name: located(path) for name, path in paths.items()}.items():
         model, tokenizer = load(path, device=s.device)
         check_fits(model, tokenizer, C_f)
-        shapes[name] = [(n, p.shape) for n, p in model.named_parameters()], encoded(tokenizer, C_f)
-        if shapes[name] != shapes["before"]:
-            raise ValueError(f"{path}: found other weights or tokens than in {s.before}, expected the same "
-                             "model later")
         rows, wrong = encoded(tokenizer, C_f), encoded(tokenizer, distractors(C_f, s.seed))
+        shapes[name] = [(n, p.shape) for n, p in model.named_parameters()], rows
+        if shapes[name] != shapes["before"]:
+            refuse(f"{path}: found other weights or tokens than in {s.before}, expected the same model later")
         with torch.no_grad():
             P = [answer_logprob(model, collate([row], model.device)).exp().item() for row in rows]
         checkpoints[name] = {"FS": accuracy(model, tokenizer, C_f, s.eval_batch),
