@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
@@ -218,18 +219,16 @@ def prefill(model: LM, prompts: list[list[int]], room: int) -> tuple[Tensor, Ten
 def generate(model: LM, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]) -> list[list]:
     """Greedy continuations, each cut before its first stop token. A batch gives what one at a time gives."""
     last, length, cache = prefill(model, prompts, max_new_tokens)
-    device = last.device
-    stop, steps = torch.tensor(stop_ids, device=device), []
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    rows = [[] for _ in prompts]
     for t in range(max_new_tokens):
-        steps.append(model.lm_head(last).argmax(-1))                                    # (B,)
-        done |= torch.isin(steps[-1], stop)
-        if done.all() or t + 1 == max_new_tokens:
+        tokens = model.lm_head(last).argmax(-1)                                         # (B,)
+        for row, token in zip(rows, tokens.tolist()):
+            row.append(token)
+        if t + 1 == max_new_tokens or all(not set(row).isdisjoint(stop_ids) for row in rows):
             break
         # Row by row the next token takes the first pad's slot, so the cache never holds a pad that is read.
-        last = model.hidden(steps[-1][:, None], (length + t)[:, None], cache)[:, 0]
-    rows = torch.stack(steps, 1).tolist() if steps else [[] for _ in prompts]
-    return [row[:next((i for i, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]
+        last = model.hidden(tokens[:, None], (length + t)[:, None], cache)[:, 0]
+    return [list(takewhile(lambda token: token not in stop_ids, row)) for row in rows]
 
 # ---------------------------------------------------------------------------------- several processes
 # `torchrun --nproc-per-node n`: each has its heads, its FFN neurons, its part of D in embedding, head, norms.
