@@ -575,13 +575,12 @@ def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tu
 
 def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
     """Writes a checkpoint directory that `load` and transformers read; each file whole or not at all."""
-    path, config = Path(path), dict(model.config.raw)
+    path, dtype = Path(path), str(model.lm_head.weight.dtype).removeprefix("torch.")
     tensors = {name: joined(name, p.detach()) for name, p in model.named_parameters()}
     if here()[0]:
         return
+    config = model.config.raw | {"dtype": dtype, "tie_word_embeddings": model.config.tie_word_embeddings}
     config.pop("torch_dtype", None)  # the older name of dtype
-    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    config["tie_word_embeddings"] = model.config.tie_word_embeddings
     write_json(path / "config.json", config)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
                  "special_tokens_map.json", "unlearn.json"):

@@ -667,11 +667,9 @@ def experiment(s: Settings, folder: Path) -> dict:
         old.unlink()  # as large as four models, and no step is left to do
     print(f"after   FS {cell(after['FS'])}  RS {cell(after['RS'])}  in {after['steps']} steps"
           + ("" if after["reached"] else f"; tau = {s.tau:.4g} NOT reached"), flush=True)
-    attacked = {}
-    if not s.no_attack:
-        attacked = robustness(model, tokenizer, sets[0], instructions, attacker, folder, log)
+    found = {} if s.no_attack else robustness(model, tokenizer, sets[0], instructions, attacker, folder, log)
     result = {"settings": asdict(s), "attack settings": asdict(attacker), "before": before, "after": after,
-              "attacks": attacked, **provenance(), "seconds": round(time.time() - start, 1)}
+              "attacks": found, **provenance(), "seconds": round(time.time() - start, 1)}
     write_json(folder / "result.json", result)
     return result
 
