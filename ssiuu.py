@@ -177,11 +177,9 @@ class Part(NamedTuple):
 
 def parts_of(rows: list[Row], items: list[int], size: int | None, device, each: bool = False) -> list[Part]:
     size = 1 if each else size or len(items)
-    parts = []
-    for part in (items[i:i + size] for i in range(0, len(items), size)):
-        batch = collate([rows[i] for i in part], device)
-        parts.append(Part(part, batch, len(part) / len(items), part[0] if each else 0))
-    return parts
+    parts = [items[i:i + size] for i in range(0, len(items), size)]
+    return [Part(part, collate([rows[i] for i in part], device), share=len(part) / len(items),
+                 key=part[0] if each else 0) for part in parts]
 
 # ---------------------------------------------------------------------------------------- the baselines
 
