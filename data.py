@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -292,7 +293,10 @@ def collate(rows: list[tuple[list[int], list[bool]]], device: torch.device | str
     return Batch(torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device),
                  torch.tensor([mask + [False] * (width - len(mask)) for _, mask in rows], device=device))
 
-def batches(n: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Endless index batches over n rows: a new seeded order each epoch, the last, smaller batch kept."""
-    while True:
-        yield from (part.tolist() for part in torch.randperm(n, generator=generator).split(min(size, n)))
+def batches(n: int, size: int, generator: torch.Generator, skip: int = 0) -> Iterator[list[int]]:
+    """Endless index batches over n rows: a new seeded order each epoch, the last, smaller batch kept. Without
+    the first `skip`: a resumed run draws on where it stopped."""
+    def every() -> Iterator[list[int]]:
+        while True:
+            yield from (part.tolist() for part in torch.randperm(n, generator=generator).split(min(size, n)))
+    return islice(every(), skip, None)

@@ -357,11 +357,8 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
     learning = [p for p in model.parameters() if p.requires_grad]
     phi = scope_of(model, s.scope) if s.method == "ssiuu" else []
     rows, rows_r = encoded(tokenizer, C_f), encoded(tokenizer, C_r)
-    size = s.batch_size or len(C_f)
-    forget = batches(len(C_f), size, torch.Generator().manual_seed(s.seed))
-    retain = batches(len(C_r), size, torch.Generator().manual_seed(s.seed + 1))
-    for _ in range(state.t):  # a resumed run draws on where it stopped
-        next(forget), next(retain)
+    forget, retain = (batches(len(C), s.batch_size or len(C_f), torch.Generator().manual_seed(s.seed + i),
+                              state.t) for i, C in enumerate((C_f, C_r)))
     scores = item_scores(model, tokenizer, C_f, s.eval_batch) if state.masks else []
     for state.t in range(state.t + 1, s.steps + 1):                                              # Alg. 1 l.1
         start, L, logp_f, logp_r, L_ssiuu, w = time.time(), 0.0, [], [], 0.0, {}
