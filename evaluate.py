@@ -1,6 +1,6 @@
 """Scores a checkpoint, and asks of a pair whether unlearning erased or hid what it forgot.
 
-    python evaluate.py --model data/tiny                              # FS, RS, FaithUn's other questions, US
+    python evaluate.py --model data/tiny                              # FS, RS, FaithUn's other questions
     python evaluate.py --before data/tiny --after runs/ssiuu-tiny     # Eq. 1, 2, 4, 5, the lens: Figures 3-6
 
 Dimensions: B sequences, K tokens, L blocks, S samples (x, y), n neurons.
@@ -53,8 +53,8 @@ def score(values: list[float]) -> dict:
 
 def is_correct(text: str, example: Example) -> bool:
     """The matching rule, unpublished and ours: is the first line of `text` one of the accepted answers?
-    What equals an option letter for letter decides at once; else case, Unicode form and outer quotes,
-    brackets and full stops do not count (`normalise`). Nothing, or what a false option comes to, is wrong."""
+    What equals an option letter for letter decides at once; else case, Unicode form and what `normalise`
+    takes from both ends do not count. Nothing, or what a false option comes to, is wrong."""
     options = [*example.answers, *example.false_options]
     line = text.strip().split("\n")[0].strip()
     if line in options:
@@ -66,7 +66,7 @@ def is_correct(text: str, example: Example) -> bool:
 def answered(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> list[bool]:
     """Per example: is the greedy answer to Table 3's question right (`is_correct`)?
     The order of an item's options depends on the item alone: every model, subset and step sees one prompt.
-    Generation stops four tokens past the longest option, when nothing could match any more."""
+    Generation stops four tokens past the longest option, room for quotes around it."""
     questions = [mcqa_prompt(e, random.Random(f"0 {e.question}")) for e in examples]
     options = [o for e in examples for o in (*e.answers, *e.false_options)]
     longest = max((len(tokenizer.answer(o)) for o in options), default=0)
@@ -96,8 +96,8 @@ def accuracy(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int
     return score(item_scores(model, tokenizer, examples, size))
 
 def margin(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int = 64) -> tuple[float, float]:
-    """Recovery without steps, in nats per token, on the plain question: the mean over examples of log
-    P(answer), and of its lead over the best false option (log P again where there are none, as in TOFU)."""
+    """Recovery on a finer scale than accuracy, nats per token, on the plain question: the mean over examples
+    of log P(answer), and of its lead over the best false option (log P again where there are none: TOFU)."""
     options = [[tokenizer.answer(o) for o in (e.answers[0], *e.false_options)] for e in examples]
     truth, lead = [], []
     scores = option_scores(model, [tokenizer.prompt(e.question) for e in examples], options, size)
@@ -200,8 +200,8 @@ def solved(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) 
 
 def utility(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]], n: int = 500, seed: int = 0,
             size: int = 16) -> dict:
-    """US (C.1): {percent, n, low, high, tasks}, the mean over `load_utility`'s tasks, each on a seeded sample
-    of n. Zero-shot. Tasks with false options: the raw text is the prompt, without the chat template, and
+    """US (6.2.1): {percent, n, low, high, tasks}, the mean over `load_utility`'s tasks, each on a seeded
+    sample of n. Zero-shot. Tasks with false options: the raw text is the prompt, without the chat template, and
     options are tokenised apart. GSM8K (its last number) and TOFU's sets (ROUGE-L) go through the template.
     Its interval, `score`'s, counts k tasks times the smallest sample: p (1 - p) is concave in a task's p."""
     results = {}
@@ -266,7 +266,8 @@ def intervals(measure: Callable[[Tensor], list[float]], n: int) -> list[list[flo
 
 def hiding(before: Tensor, after: Tensor, m: int = 100) -> dict:  # (2, S, n) twice
     """Section 4 in numbers: D+ and D- accumulated over the top m neurons with intervals, the share D- has of
-    both (above 0.5 more was hidden than erased), and the curves of Figure 3b."""
+    both (above 0.5 more was hidden than erased; it says little where P was near 1 before: its gradient and
+    with it D+ vanish there), and the curves of Figure 3b."""
     def measured(items: Tensor) -> list[float]:
         pos, neg = (top(D, m) for D in influence_variation(before[:, items], after[:, items]))
         return [pos, neg, neg / (pos + neg) if pos + neg else 0.5]
@@ -354,7 +355,8 @@ def summary(r: dict) -> str:
     def interval(x: list[float]) -> str:
         return f"{x[0]:.3g} [{x[1]:.2g}, {x[2]:.2g}]"
     x, end = r["variation"], r["checkpoints"]["after"]["lens"][-1]
-    lines = [f"erased D+ {interval(x['D_pos'])}, hidden D- {interval(x['D_neg'])}: "
+    P = r["checkpoints"]["before"]["P"]
+    lines = [f"P before {P:.2f}, erased D+ {interval(x['D_pos'])}, hidden D- {interval(x['D_neg'])}: "
              f"share of D- {interval(x['share'])} (top {x['m']} of {x['neurons']}, n={r['n']})",
              f"logit lens: {cell(end)} % prefer the answer after the last block"]
     for pair, rho in r["correlation"].items():
@@ -444,10 +446,10 @@ def flag(kind) -> dict:
     return {"type": read, "nargs": "+" if lists else None, **values}
 
 def settings_for(kind: type, given: dict):
-    """The settings `given`, else what MODEL/unlearn.json sets for this command, under the name of its script,
-    else the facts that a run was made with, where its model is looked into, else the defaults, paths as seen
-    from here. unlearn.json sets numbers alone: a model that was downloaded may not choose names, paths or
-    devices. Said on stderr, so that nothing is set unseen."""
+    """The first that has a value: `given`; MODEL/unlearn.json, under this script's name; settings.json of the
+    run whose model it is, for the facts it forgot; the default. Paths are as seen from here. unlearn.json
+    sets numbers alone: a model that was downloaded may not choose names, paths or devices. What the two
+    files set is said on stderr."""
     paths = {f.name: os.path.relpath(ROOT / f.default) for f in fields(kind)
              if str(f.default).startswith("data/") and (ROOT / f.default).exists()}
     model, script = (paths | given).get("model", "data/tiny"), Path(inspect.getfile(kind)).name

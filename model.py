@@ -156,7 +156,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 class LM(nn.Module):
-    """`LM(config)(ids)`: (B, K) long -> (B, K, V) logits. Causal masking hides padding, which is right."""
+    """`LM(config)(ids)`: (B, K) long -> (B, K, V) logits. Padding stands on the right, where the
+    causal mask hides it."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -65,7 +65,7 @@ def negative(A: Tensors) -> Tensors:
     return [a < 0 for a in A]
 
 def delta(a: Tensor, a_prev: Tensor, i: Tensor) -> Tensor:
-    """Delta of one tensor of parameters: its attribution's change on I^-, 0 elsewhere (Eq. 7)."""
+    """Delta of one tensor of parameters: its attribution's change (Eq. 7) on I^-, the sum's range, else 0."""
     return (a - a_prev) * i
 
 def ssiuu_loss(A: Tensors, A_prev: Tensors, I_neg: Tensors) -> Tensor:  # -> ()
@@ -73,7 +73,7 @@ def ssiuu_loss(A: Tensors, A_prev: Tensors, I_neg: Tensors) -> Tensor:  # -> ()
     without its root). A_prev, I_neg: constants."""
     return sum(delta(*x).square().sum() for x in zip(A, A_prev, I_neg))
 
-def weights(A: Tensors, A_prev: Tensors, I_neg: Tensors, lam: float) -> Tensors:
+def penalty_weights(A: Tensors, A_prev: Tensors, I_neg: Tensors, lam: float) -> Tensors:
     """w = lam dL_SSIUU/dA = 2 lam Delta, for constant A (Eq. 10)."""
     return [2 * lam * delta(*x) for x in zip(A, A_prev, I_neg)]
 
@@ -152,7 +152,7 @@ class Settings(Scored):
     rmu_alpha: Positive = 100.0           # weight of RMU's retain term (C.2 (5): 20 to 300)
     rmu_skip_first: bool = False          # leave out of RMU's loss each sequence's first token (often huge)
     klue_share: Share = 0.1               # share of FFN neurons that KLUE updates (C.2 (6))
-    no_attack: bool = False               # leave out the attacks; attack.py tunes them
+    no_attack: bool = False               # leave out the attacks; attack.py has their flags
     offload: bool = False                 # Adam's moments and A_prev wait in host memory: less on the GPU
     save_every: Count = 10                # steps between resumable states
     name: Name | None = None              # results go to runs/<name>; <method>-<model>
@@ -188,7 +188,8 @@ def backbone_of(s: Settings) -> str:
     return s.backbone if s.method == "ssiuu" else s.method
 
 def trained(model: LM, method: str) -> list[nn.Parameter]:
-    """What a method updates, by name: the index in RMU's published code is another layer in Qwen2."""
+    """What a method updates: RMU down_proj of blocks l-2 to l (found by name: the index in its published code
+    is another layer in Qwen2), KLUE the weights of gate, up and down, the others every parameter."""
     last = rmu_layer(model)
     if method == "rmu":
         return [block.mlp.down_proj.weight for block in model.model.layers[max(0, last - 2):last + 1]]
@@ -377,7 +378,7 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         for key in [key for key in A if key in state.A_prev]:                                    # l.7: t > 1
             A_prev = [a.to(model.device) for a in state.A_prev[key]]
             L_ssiuu += ssiuu_loss(A[key], A_prev, I_neg).item()                                  # l.11
-            w[key] = weights(A[key], A_prev, I_neg, s.lam)                                       # Eq. 10
+            w[key] = penalty_weights(A[key], A_prev, I_neg, s.lam)                               # Eq. 10
         record = {"L_SSIUU": sum(from_all(L_ssiuu)), "I_neg": share_of(I_neg)} if A else {}
         remember(state, A, s)                                                                    # l.12
         A = total = I_neg = A_prev = None

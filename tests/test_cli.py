@@ -295,7 +295,7 @@ def test_a_failed_start_gives_its_folder_back(tmp_path, monkeypatch):
     code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--forget", "nowhere.json", "--name", "a")
     assert "nowhere" in code
     assert not list(tmp_path.glob("runs/*")) and not (tmp_path.parent / "x").exists()
-    lock = tmp_path / "runs/a/lock"  # of a run that was killed before it wrote anything: as if it had no folder
+    lock = tmp_path / "runs/a/lock"  # of a run killed before it wrote anything
     lock.parent.mkdir()
     lock.touch()
     code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--forget", "nowhere.json", "--name", "a")

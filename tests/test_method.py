@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ssiuu import (attribution, dpo_loss, ga_loss, gd_loss, klue_mask, negative, npo_loss, surrogate,
-                   retain_loss, rmu_loss, ssiuu_loss, weights)
+                   retain_loss, rmu_loss, ssiuu_loss, penalty_weights)
 
 ROOT = Path(__file__).parent.parent
 LAM = 0.37
@@ -43,7 +43,7 @@ def gradient(L, P, phi, A_prev, hessian=True):
     """As Algorithm 1 does it: what `surrogate` leaves in .grad."""
     A = attribution(P, phi, hessian)
     constant = [a.detach() for a in A]
-    surrogate(L, A, weights(constant, A_prev, negative(constant), LAM)).backward()
+    surrogate(L, A, penalty_weights(constant, A_prev, negative(constant), LAM)).backward()
     found = flat([p.grad for p in phi])
     for p in phi:
         p.grad = None
@@ -136,7 +136,7 @@ def test_parts_of_a_batch_add_up(net):
     P, phi, A_prev = net
     whole = gradient(P() ** 2, P(), phi, A_prev)
     constant = [a.detach() for a in attribution(P(), phi)]
-    w = weights(constant, A_prev, negative(constant), LAM)
+    w = penalty_weights(constant, A_prev, negative(constant), LAM)
     surrogate(P() ** 2, [], []).backward()
     for part in ([0, 2], [1], [3]):
         value = P(inputs=part)
@@ -159,10 +159,10 @@ def test_negative_controls_are_told_apart(net, break_it):
     right = explicit(P, phi, A_prev)
     A = [a.detach() for a in attribution(P(), phi)]
     if break_it == "sign":
-        w = weights(A, A_prev, [~i for i in negative(A)], LAM)
+        w = penalty_weights(A, A_prev, [~i for i in negative(A)], LAM)
         wrong = flat(torch.autograd.grad(attribution(P(), phi), phi, w))
     elif break_it == "no direct term":
-        v = [w_p * p.detach() for w_p, p in zip(weights(A, A_prev, negative(A), LAM), phi)]
+        v = [w_p * p.detach() for w_p, p in zip(penalty_weights(A, A_prev, negative(A), LAM), phi)]
         wrong = flat(torch.autograd.grad(torch.autograd.grad(P(), phi, create_graph=True), phi, v))
     else:
         wrong = gradient(0 * P(), P().log(), phi, A_prev)
@@ -219,7 +219,7 @@ def test_the_block_alone_drives_a_model():
         logp = net(x).log_softmax(-1)[torch.arange(8), y]
         A = space["attribution"](logp[:4].exp().sum(), phi)
         now = [a.detach() for a in A]
-        w = A_prev and space["weights"](now, A_prev, space["negative"](now), 0.1)
+        w = A_prev and space["penalty_weights"](now, A_prev, space["negative"](now), 0.1)
         A_prev = now
         space["surrogate"](space["gd_loss"](logp[:4], logp[4:]), A, w).backward()
         with torch.no_grad():

@@ -168,7 +168,8 @@ class Alive(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 HOST = {"on_host"}  # what this function makes lies in host memory
-NAMES = {"weights": "w", "attribution": "g and A", "unlearn": ".grad, Adam's moments, the backward pass",
+NAMES = {"penalty_weights": "w", "attribution": "g and A",
+         "unlearn": ".grad, Adam's moments, the backward pass",
          "retrain": ".grad, Adam's moments, the backward pass"}
 
 def on_device(bytes: Counter) -> int:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# All that needs a GPU, from a clean clone: sh data/results/gpu.sh OUT. It writes into OUT and stops at a failure.
+# All that needs a GPU, from a clean clone: sh data/results/gpu.sh OUT. It writes into OUT and stops at a
+# failure but of the benchmark, which may not fit.
 set -eu
 out=${1:-runs/gpu}
 mkdir -p "$out"

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import Batch, collate, encoded  # noqa: E402
 from evaluate import Data, Name, Rate, check_folder, read_flags, run, splits_of  # noqa: E402
 from model import LM, Count, Positive, answer_logprob, load, write_json  # noqa: E402
-from ssiuu import attribution, gd_loss, negative, surrogate, provenance, weights  # noqa: E402
+from ssiuu import attribution, gd_loss, negative, surrogate, penalty_weights, provenance  # noqa: E402
 
 @dataclass
 class Settings(Data):
@@ -48,7 +48,7 @@ def gradients(model: LM, b: Batch, b_r: Batch, A_prev: list | None, lam: float, 
         A = attribution(logp.exp().sum(), phi)
         constant = [a.detach() for a in A]
         if A_prev:
-            w = weights(constant, A_prev, negative(constant), lam)
+            w = penalty_weights(constant, A_prev, negative(constant), lam)
             penalty = flat(torch.autograd.grad(surrogate(0 * L, A, w), phi, retain_graph=True))
         return flat(torch.autograd.grad(L, phi)), penalty, constant
 

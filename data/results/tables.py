@@ -119,7 +119,8 @@ TABLES = {
     "smollm2-fold0": Table("runs/taught", SMOLLM2_FOLD0, steps=40, folds=range(1), score="--test-limit 100"),
     "smollm2": Table("runs/taught", SMOLLM2, steps=40, folds=range(1, 6), score="--test-limit 100",
                      attack="--attack-draws 1 --attack-lrs 2e-4 --attack-epochs 5 --benign ''",
-                     never="data/teach.py --model runs/smollm2 --teach-lr 2e-4 --bf16 --out OUT --without FOLD"),
+                     never="data/teach.py --model runs/smollm2 --teach-lr 2e-4 --teach-epochs 4 --bf16 "
+                           "--out OUT --without FOLD"),
 }
 # each row is paired with these
 COMPARED = ("gd", "gd slowed", "npo", "klue", "ssiuu previous 0.3", "ssiuu initial 0.03",
