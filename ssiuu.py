@@ -312,7 +312,8 @@ def forget_graph(model: LM, part: Part, phi: Tensors, state: State, s: Settings)
     A = attribution(P, phi, not s.first_order) if phi else []                                    # l.5
     return Graph(L, A, logp.detach())
 
-def batch_attribution(model: LM, b: list[Part], whole: Graph | None, phi: Tensors, s: Settings) -> dict:
+def batch_attribution(model: LM, b: list[Part], whole: Graph | None, phi: Tensors,
+                      s: Settings) -> dict[int, Tensors]:
     """{key: A summed over its parts, as constants} (Alg. 1 l.5). `whole`: the graph of b, if that is one."""
     if whole:
         return {b[0].key: [a.detach() for a in whole.A]}
@@ -354,7 +355,8 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
 
     w needs A of all of b, so b is passed twice: A is summed as constants, then each part's graph is built and
     left; one part's `whole` graph serves both. b' comes after b: its gradient never lies beside a graph of b.
-    A baseline has its own loss, mask or step, and no phi to penalise. FloatingPointError on NaN, infinity."""
+    A and w are {Part.key: like phi}: one entry, with --per-example one an item. A baseline has its own loss,
+    mask or step, and no phi to penalise. FloatingPointError on NaN, infinity."""
     learning = [p for p in model.parameters() if p.requires_grad]
     phi = scope_of(model, s.scope) if s.method == "ssiuu" else []
     rows, rows_r = encoded(tokenizer, C_f), encoded(tokenizer, C_r)
