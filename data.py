@@ -163,6 +163,7 @@ def gsm8k(where: str, row: dict) -> Example:
 
 def hellaswag(where: str, row: dict) -> Example:
     endings = {str(i): ending for i, ending in enumerate(texts(row, "endings", where))}
+    check(len(endings), Literal[4], f"{where}: the number of endings is")
     return choice(text(row, "ctx", where), endings, row, "label", where)
 
 def arc(where: str, row: dict) -> Example:
@@ -174,9 +175,11 @@ def arc(where: str, row: dict) -> Example:
 
 def winogrande(where: str, row: dict) -> Example:
     Sentence = Annotated[str, ("one with one _", lambda x: x.count("_") == 1)]
-    before, after = check(row.get("sentence"), Sentence, f"{where}: found sentence").split("_")
-    options = {i: text(row, f"option{i}", where) + after for i in "12"}
-    return choice(before, options, row, "answer", where)
+    sentence = check(row.get("sentence"), Sentence, f"{where}: found sentence")
+    before, after = sentence.split("_")
+    Words = Annotated[str, ("words of the sentence", lambda x: x.casefold() in sentence.casefold())]
+    options = {i: check(text(row, f"option{i}", where), Words, f"{where}: found option{i}") for i in "12"}
+    return choice(before, {i: words + after for i, words in options.items()}, row, "answer", where)
 
 TASKS = {"mmlu": ("mmlu/*.csv", mmlu), "gsm8k": ("gsm8k_test.jsonl", gsm8k),
          "hellaswag": ("hellaswag_val.jsonl", hellaswag), "arc": ("ARC-Challenge-Test.jsonl", arc),

@@ -201,8 +201,8 @@ def solved(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) 
 def utility(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]], n: int = 500, seed: int = 0,
             size: int = 16) -> dict:
     """US (6.2.1): {percent, n, low, high, tasks}, the mean over `load_utility`'s tasks, each on a seeded
-    sample of n. Zero-shot. Tasks with false options: the raw text is the prompt, without the chat template, and
-    options are tokenised apart. GSM8K (its last number) and TOFU's sets (ROUGE-L) go through the template.
+    sample of n. Zero-shot. Tasks with false options: the raw text is the prompt, without the chat template,
+    and options are tokenised apart. GSM8K (its last number) and TOFU's sets (ROUGE-L) go through it.
     Its interval, `score`'s, counts k tasks times the smallest sample: p (1 - p) is concave in a task's p."""
     results = {}
     for name, examples in tasks.items():
@@ -418,7 +418,8 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
         if "name" in given:
             refuse(f"--name: found {given['name']!r} beside --resume, expected one of the two")
         file = Path(given["resume"], "settings.json")
-        s = fill(kind, check(read_json(file).get("settings"), dict, f"{file}: settings is") | given, file)
+        Run = Annotated[dict, ("a run's, a value for each flag", lambda x: x.keys() == types.keys())]
+        s = fill(kind, check(read_json(file).get("settings"), Run, f"{file}: settings are") | given, file)
     else:
         s = settings_for(kind, given)
     with refusing(f"--device: found {s.device!r}, expected one that works on this machine"):

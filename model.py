@@ -555,8 +555,10 @@ def load(path_or_id: str | Path, dtype=torch.float32, device: str = "cpu") -> tu
     for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_size"):
         check(getattr(config, key) % n, Literal[0], f"{path}: {key} % {n} processes is")
     for name, t in tensors.items():
-        tensors[name] = own(name, t).to(device=device, dtype=dtype)
-        if not t.is_floating_point() or t.itemsize < 2 or not tensors[name].isfinite().all():
+        known = t.is_floating_point() and t.itemsize > 1
+        if known:
+            tensors[name] = own(name, t).to(device=device, dtype=dtype)
+        if not known or not tensors[name].isfinite().all():
             raise ValueError(f"{path}: {name} is {t.dtype}, expected finite bfloat16, float16 or float32")
     if config.tie_word_embeddings:
         # As in transformers: the file may call the one matrix either or both, and two that differ stay two.

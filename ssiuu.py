@@ -21,6 +21,7 @@ Dimensions: B sequences, K tokens, D hidden size, N items, n neurons.
 import hashlib
 import json
 import math
+import os
 import platform
 import random
 import shutil
@@ -452,7 +453,8 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     expected = state_tensors(model, state)
     for name in sorted(expected.keys() | found.keys()):
         x, y = expected.get(name), found.get(name)
-        if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype or not y.isfinite().all():
+        if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype or not y.isfinite().all() or (
+                name.endswith("exp_avg_sq") and y.min() < 0):  # its root would be NaN after the last check
             raise ValueError(f"{path}: {name} is missing, not expected, or not of this run's shape and type, "
                              "expected the state that a run wrote here")
         x.data.copy_(y)
@@ -554,7 +556,7 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     Returns the last record."""
     state, start = begin(model, tokenizer, sets[0], s), time.time()
     path = folder / (f"state-{here()[0]}.safetensors" if here()[0] else "state.safetensors")
-    if path.exists():
+    if os.path.lexists(path):  # a dead link is an error
         load_state(path, model, state, s)
     check(len({*from_all(state.t)}), Literal[1], f"{folder}: the number of steps that its states are of is")
     steps = [r for r in log if r["kind"] == "step" and r["t"] <= state.t]  # the rest is done again

@@ -352,6 +352,8 @@ MEDDLED = {
     "a state cut short": (lambda run: (run / "state.safetensors").write_bytes(b"x"), "state.safetensors"),
     "a state that is a folder": (lambda run: ((run / "state.safetensors").unlink(),
                                               (run / "state.safetensors").mkdir()), "state.safetensors"),
+    "a state's variance": (lambda run: edited(run / "state.safetensors", scaled("adam 0 exp_avg_sq", -1.0)),
+                           "adam 0 exp_avg_sq"),
     "a state's step": (lambda run: edited(run / "state.safetensors", scaled("t", 2)),
                        "found steps [1, 2], expected 1 to 4"),
     "finished weights": (lambda run: edited(run / "model.safetensors", scaled("model.norm.weight", 2.0)),

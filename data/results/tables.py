@@ -144,6 +144,7 @@ def kept_run(file: Path) -> dict:
     with refusing(f"{file}: not a run as this script keeps it"):
         int(file.stem.rpartition("fold=")[2])
         check(result.get("flags"), dict, "flags is")
+        check(result.get("after"), dict, "after is")
         for side in [side for side in ("before", "after") if side in result]:
             for name, value in columns_of(result, side).items():
                 check(value, float, f"{name} {side} unlearning is")
