@@ -126,6 +126,8 @@ def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
             raise ValueError(f"{path}: {name!r} has {', '.join(entity) or 'nothing'}, expected {part}")
         for i, row in enumerate(rows):
             examples.append(faithun_example(f"{path}: {part}[{i}] of {name!r}", row, name))
+    if not examples and part == "hop1_unlearn":
+        raise ValueError(f"{path}: found no questions, expected {part} of at least one entity")
     return examples
 
 def belongs(e: Example, part: str, fact: Example) -> bool:
