@@ -97,7 +97,7 @@ def attacked(model: LM, tokenizer: Tokenizer, key: dict, changes: Iterator, scor
 def drawn(tokenizer: Tokenizer, pool: list[Example], p: float, draw: int, seed: int) -> tuple[list, list]:
     """A fraction p of the pool, at least one item, encoded to be retrained; and the rest, to be scored."""
     k = min(len(pool), max(1, round(p * len(pool))))
-    chosen = set(random.Random(f"{seed} {draw} {p:g}").sample(range(len(pool)), k))
+    chosen = set(random.Random(f"{seed} {draw} {p}").sample(range(len(pool)), k))
     return (encoded(tokenizer, [e for i, e in enumerate(pool) if i in chosen]),
             [e for i, e in enumerate(pool) if i not in chosen])
 
@@ -133,7 +133,7 @@ def benign_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], rows: li
 def attacks(model: LM, tokenizer: Tokenizer, pool: list[Example], instructions: list[Example], s: Settings,
             report: Callable[[str, dict], None], known: Iterable[dict] = ()) -> dict[str, dict]:
     """{column of the table: `summary`} of all attacks in `s`; report(column, cell) as each cell ends."""
-    columns = {f"Harmful p = {p:g}": harmful_attack(model, tokenizer, pool, p, s, known) for p in s.p}
+    columns = {f"Harmful p = {p}": harmful_attack(model, tokenizer, pool, p, s, known) for p in s.p}
     if instructions:
         columns["Benign"] = benign_attack(model, tokenizer, pool, instructions, s, known)
     found = {}

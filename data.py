@@ -115,11 +115,11 @@ def load_faithun(path: str | Path, part: str = "hop1_unlearn") -> list[Example]:
     """Every entity's questions of `part`: hop1_unlearn (the facts that the split files number), hop1_test
     (paraphrased), hop2_test (multi-hop) or same_object (same answer). The file: {Wikidata id: {part: rows}},
     or {question: row} for rows, since upstream does not document which."""
-    Entities = Annotated[dict, ("FaithUn's object of objects; rows such as TOFU's need --retain",
-                                lambda x: x and all(isinstance(entity, dict) for entity in x.values()))]
+    Object = Annotated[dict, ("an object, as in FaithUn's file; rows such as TOFU's need --retain",
+                              lambda x: True)]
     examples = []
-    for name, entity in check(read_values(path), Entities, f"{path}: found").items():
-        rows = entity.get(part, None if part == "hop1_unlearn" else [])
+    for name, entity in check(read_values(path), Object, f"{path}: found").items():
+        rows = check(entity, Object, f"{path}: {name!r} is").get(part, None if part == "hop1_unlearn" else [])
         if isinstance(rows, dict):
             rows = [row | {"question": q} if isinstance(row, dict) else row for q, row in rows.items()]
         if not isinstance(rows, list):
@@ -274,8 +274,8 @@ def encoded(tokenizer, examples: list[Example]) -> list[tuple[list[int], list[bo
     return [encode(tokenizer, e.question, e.answers[0]) for e in examples]
 
 def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example]) -> None:
-    """ValueError with its row for an example whose longest sequence, Table 3 or the plain question with any
-    answer or option, cannot be tokenised, answered, or is more than the model takes."""
+    """ValueError with its row for an example whose longest sequence, Table 3, the plain question or a raw
+    prompt with any answer or option, cannot be tokenised, answered, or is more than the model takes."""
     places, size = model.config.max_position_embeddings or math.inf, model.config.vocab_size
     for e in examples:
         questions = [e.question, mcqa_prompt(e, random.Random(0))] if e.false_options else [e.question]

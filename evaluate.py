@@ -440,7 +440,7 @@ def flag(kind) -> dict:
         for number in (float, int) if wanted(text, one) else ():
             with suppress(ValueError):
                 value = number(text)
-        if expected := wanted(value, one):
+        if expected := wanted(value, one).removesuffix(" or null"):  # no flag can say null
             raise argparse.ArgumentTypeError(f"found {value!r}, expected {expected}")
         return value
     values = {"metavar": "|".join(map(str, get_args(kind)))} if get_origin(kind) is Literal else {}

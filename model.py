@@ -205,6 +205,7 @@ def answer_logprob(model: LM, batch, h: Tensor | None = None) -> Tensor:  # -> (
     row = target.nonzero()[:, 0]
     return torch.zeros(len(batch.ids), dtype=logp.dtype, device=logp.device).index_add(0, row, logp)
 
+@torch.no_grad()
 def prefill(model: LM, prompts: list[list[int]], room: int) -> tuple[Tensor, Tensor, list]:
     """(B, D) of each prompt's last token, (B,) lengths, a cache with `room` places past the longest."""
     device, c = model.device, model.config

@@ -229,10 +229,9 @@ def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings
     """The backbone's loss on forget items; DPO and NPO keep reference numbers, not a second model."""
     if backbone_of(s) not in ("dpo", "npo"):
         return lambda logp, items: ga_loss(logp)
-    refusals = [encode(tokenizer, e.question, REFUSAL) for e in C_f]
-    with torch.no_grad():
-        ref, ref_w = (torch.cat([answer_logprob(model, collate([row], model.device)) for row in rows])
-                      for rows in (encoded(tokenizer, C_f), refusals))
+    @torch.no_grad()
+    def reference(rows: list[Row]) -> Tensor:  # -> (N,)
+        return torch.cat([answer_logprob(model, collate([row], model.device)) for row in rows])
 
     def npo(logp: Tensor, items: list[int]) -> Tensor:
         return npo_loss(logp, ref[items], s.beta)
@@ -241,7 +240,12 @@ def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings
         logp_w = answer_logprob(model, collate([refusals[i] for i in items], model.device))
         return dpo_loss(logp_w, logp, ref_w[items], ref[items], s.beta)
 
-    return npo if backbone_of(s) == "npo" else dpo
+    ref = reference(encoded(tokenizer, C_f))
+    if backbone_of(s) == "npo":
+        return npo
+    refusals = [encode(tokenizer, e.question, REFUSAL) for e in C_f]
+    ref_w = reference(refusals)
+    return dpo
 
 def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (n,) bool
     """KLUE's neurons in the order of `trained`: outputs of gate, up and down, ranked over all blocks."""
@@ -464,7 +468,7 @@ SCORE = ("percent", "low", "high", "n")
 Percent = Annotated[dict, ("a score", lambda x: not any(wanted(x.get(key), float) for key in SCORE))]
 Curve = Annotated[list, ("numbers", lambda x: len(x) > 1 and not wanted(x, tuple[float, ...]))]
 SCORES = {"FS": Percent, "RS": Percent, "US": Percent | None}
-CELL = {"seed": int, "n": Count, "FS": Curve | None, "logp": Curve | None, "margin": Curve | None}
+CELL, CURVES = {"seed": int, "n": Count}, {"FS": Curve, "logp": Curve, "margin": Curve}
 # what a resumed run reads of each kind of line in log.jsonl
 RECORDS = {"before": SCORES, "step": {"t": Count, "FS": float}, "harmful": CELL, "benign": CELL,
            "after": SCORES | {"steps": Count, "reached": bool, "weights": str}}
@@ -478,7 +482,8 @@ def read_log(path: Path) -> list[dict]:
     for i, line in enumerate(lines, 1):
         record = check(parse(line, f"{path} line {i}"), dict, f"{path} line {i} is")
         kind = check(record.get("kind"), Literal[tuple(RECORDS)], f"{path} line {i}: kind is")
-        for key, each in RECORDS[kind].items():
+        curves = CURVES if RECORDS[kind] is CELL and "failed" not in record else {}
+        for key, each in (RECORDS[kind] | curves).items():
             check(record.get(key), each, f"{path} line {i}: {key} is")
         log.append(record)
     return log
@@ -500,7 +505,8 @@ def new_folder(s: Settings) -> Path:
             folder.mkdir()
             return folder
         except FileExistsError:
-            if s.name and [*folder.glob("*")] == [folder / "lock"]:  # killed before anything was written
+            there = {x.name for x in folder.iterdir()} if folder.is_dir() else {"a file"}
+            if s.name and there <= {"lock", "settings.json.tmp"}:  # killed before anything was written
                 return folder
     refuse(f"--name: found {name!r}, expected a new name, or --resume runs/{name}")
 
@@ -512,7 +518,11 @@ def held(folder: Path, new: bool) -> Iterator[None]:
     with open(folder / "lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # not where it was given back between the open and the lock
+            free = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))
         except OSError:
+            free = False
+        if not free:
             refuse(f"{folder}: another process is at work in it, expected a free folder")
         try:
             yield
@@ -558,7 +568,8 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     path = folder / (f"state-{here()[0]}.safetensors" if here()[0] else "state.safetensors")
     if os.path.lexists(path):  # a dead link is an error
         load_state(path, model, state, s)
-    check(len({*from_all(state.t)}), Literal[1], f"{folder}: the number of steps that its states are of is")
+    if len(found := {*from_all(state.t)}) > 1:
+        raise ValueError(f"{folder}: found states of steps {found}, expected every process's of one step")
     steps = [r for r in log if r["kind"] == "step" and r["t"] <= state.t]  # the rest is done again
     if (found := [r["t"] for r in steps]) != list(range(1, state.t + 1)):
         raise ValueError(f"{folder}/log.jsonl: found steps {found}, expected 1 to {state.t}")

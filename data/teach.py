@@ -30,7 +30,7 @@ class Settings(Data):
     teach_lr: Rate = 1e-5                 # learning rate (C.1, TOFU)
     teach_epochs: Count = 5               # passes over the rows (C.1, TOFU)
     teach_batch: Count = 8                # rows a step; unpublished
-    bf16: bool = False                    # autocast: half the time where the processor has bfloat16
+    bf16: bool = False                    # autocast: faster where the processor has bfloat16
 
 def examples_of(s: Settings) -> list[Example]:
     if s.rows:

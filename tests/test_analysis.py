@@ -210,6 +210,9 @@ def test_the_saved_model_is_the_attacked_one(tmp_path, monkeypatch, capsys):
     assert cell["logp"][-1] != pytest.approx(cell["logp"][0], abs=1e-2)
     kept = evaluate.settings_for(evaluate.Settings, {"model": str(tmp_path / "attacked")})
     assert Path(kept.splits).samefile(tmp_path) and Path(kept.forget).samefile("data/faithun.json")
+    s = attack.Settings(save=str(tmp_path / "other"), fold=3, p=(1.0,), attack_epochs=1)
+    attack.save_attacked(subject, tokenizer, pool[:1], s)
+    assert evaluate.settings_for(evaluate.Settings, {"model": s.save}).fold == 3
 
     flags = ["--before", "data/tiny", "--after", tmp_path / "after", "--attacked", tmp_path / "attacked",
              "--splits", tmp_path]

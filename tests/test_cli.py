@@ -295,11 +295,29 @@ def test_a_failed_start_gives_its_folder_back(tmp_path, monkeypatch):
     code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--forget", "nowhere.json", "--name", "a")
     assert "nowhere" in code
     assert not list(tmp_path.glob("runs/*")) and not (tmp_path.parent / "x").exists()
-    lock = tmp_path / "runs/a/lock"  # of a run killed before it wrote anything
-    lock.parent.mkdir()
-    lock.touch()
-    code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--forget", "nowhere.json", "--name", "a")
-    assert "nowhere" in code and not lock.parent.exists()
+    for left in ((), ("lock",), ("lock", "settings.json.tmp")):  # by a run killed before it wrote anything
+        (tmp_path / "runs/a").mkdir()
+        [(tmp_path / "runs/a" / name).touch() for name in left]
+        code = inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--forget", "nowhere.json", "--name", "a")
+        assert "nowhere" in code and not (tmp_path / "runs/a").exists()
+    (tmp_path / "runs/a").touch()  # no folder
+    assert "expected a new name" in inside(monkeypatch, tmp_path, "ssiuu.py", *DATA, "--name", "a")
+
+
+def test_a_folder_that_was_given_back_while_another_came_is_not_worked_in(tmp_path, monkeypatch):
+    """Process B has opened the lock; A, which held it, fails and removes the folder; B gets the dead lock."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setattr(fcntl, "flock", lambda *args: (shutil.rmtree(folder), folder.mkdir()))
+    with pytest.raises(ValueError, match="another process"):
+        with ssiuu.held(folder, new=True):
+            pytest.fail("it was worked in")
+
+
+def test_states_of_unlike_steps_are_named(stopped, monkeypatch):
+    monkeypatch.setattr(ssiuu, "from_all", lambda value: [value, 4] if value == 2 else [value])
+    code = inside(monkeypatch, stopped, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
+    refused(code, "found states of steps {2, 4}")
 
 
 def test_a_loss_that_is_not_finite_is_said(tmp_path, monkeypatch):
@@ -373,6 +391,7 @@ MEDDLED = {
     "before without percent": (line_of_log("before", FS={}), "FS is {}"),
     "reached 3": (line_of_log("after", reached=3), "reached is 3"),
     "a cell's curve": (line_of_log("harmful", FS=[]), "FS is []"),
+    "a cell without its curve": (line_of_log("harmful", FS=None), "log.jsonl line 5: FS is None"),
     "an unknown kind": (line_of_log("after", kind="thereafter"), "kind is 'thereafter'"),
     "settings null": (lambda run: edited(run / "settings.json", lambda x: x | {"attack": None}),
                       "attack is None"),
@@ -448,10 +467,13 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
     ("attack.py", ["--benign", "nowhere.json"], ["nowhere.json"]),
     ("attack.py", ["--control", ""], ["--control"]),
     ("attack.py", ["--save", "file"], ["--save", "file"]),
+    ("attack.py", ["--save", ""], ["--save", "a name"]),
 ])
 def test_bad_flags_end_in_one_line_and_a_status(tmp_path, monkeypatch, offline, script, flags, words):
     (prepare(tmp_path) / "file").write_text("{}")
-    refused(inside(monkeypatch, tmp_path, script, *DATA, *flags), *words)
+    code = inside(monkeypatch, tmp_path, script, *DATA, *flags)
+    refused(code, *words)
+    assert " or null" not in code  # which no flag can say
     assert not list(tmp_path.rglob("result.json")) and not list(tmp_path.rglob("analysis.json"))
     assert not list(tmp_path.glob("runs/*/settings.json")) or "--tau" in flags
 

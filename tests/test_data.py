@@ -3,6 +3,7 @@ import json
 import random
 import time
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,11 @@ def message(call, file):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("{", "not JSON"), ("[]", "found [], expected FaithUn's object"),
+    ("{", "not JSON"), ("[]", "found [], expected an object, as in FaithUn's file"),
+    ("{}", "found no questions"), ('{"Q1": {"hop1_unlearn": []}}', "found no questions"),
+    (json.dumps({"Q1": {"hop1_unlearn": [ROW]}, "Q2": None}), "'Q2' is None, expected an object"),
     ('{"Q1": {"hop9": [], "same": []}}', "'Q1' has hop9, same, expected hop1_unlearn"),
-    ('{"Q1": 3}', "expected FaithUn's object of objects"),
+    ('{"Q1": 3}', "'Q1' is 3, expected an object"), (json.dumps(ROW), "need --retain"),
     ('{"Q1": {"hop1_unlearn": ["text"]}}', "hop1_unlearn[0] of 'Q1'")])
 def test_a_file_that_is_not_faithun_is_refused_in_one_line(tmp_path, content, words):
     (tmp_path / "f.json").write_text(content)
@@ -327,6 +330,10 @@ def test_what_does_not_fit_the_model_is_refused_before_the_work():
     tokenizer.tokens.add_tokens(["<new>"])
     with pytest.raises(ValueError, match="f: row 5: .* ids up to 1536, expected .* vocab_size 1536"):
         check_fits(model, tokenizer, [Example("Q", ["a <new>"], where="f: row 5")])
+    raw = Example("long " * 160, ["a"], ["b", "c"], raw=True)  # fits as it is, not in Table 3
+    check_fits(model, tokenizer, [raw])
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        check_fits(model, tokenizer, [replace(raw, raw=False)])
     model.config.max_position_embeddings = None  # not every config.json has it
     check_fits(model, tokenizer, [Example("long " * 300, ["a"])])
 

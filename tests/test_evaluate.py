@@ -177,7 +177,8 @@ def test_a_fact_is_not_forgotten_and_kept(tmp_path):
     open_end = [row(0) | {"question": f"Finish:\n{i}", "answers": ["Yes"]} for i in range(3)]
     (tmp_path / "f.json").write_text(json.dumps({"one": {"hop1_unlearn": open_end}}))
     assert evaluate.splits_of(evaluate.Data(forget=str(tmp_path / "f.json"), splits=str(tmp_path)))
-    for rows, words in (([row(0), row(1), row(0, " ")], "hop1_unlearn.2."), ([row(0), row(0), row(2)], ".1.")):
+    for rows, words in (([row(0), row(1), row(0, " ")], "hop1_unlearn.2."),
+                        ([row(0), row(0), row(2)], ".1.")):
         (tmp_path / "f.json").write_text(json.dumps({"one": {"hop1_unlearn": rows}}))
         with pytest.raises(ValueError, match=f"{words}.*to be forgotten too"):
             evaluate.splits_of(evaluate.Data(forget=str(tmp_path / "f.json"), splits=str(tmp_path)))

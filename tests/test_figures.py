@@ -217,7 +217,8 @@ def test_one_forget_set_has_a_point_without_interval(tmp_path):
     ("beyond.json", {"n": 33, "causal": 3}, r"causal is 3, expected a list"),
     ("log.jsonl", '{"kind": "benign"}\n', r"log.jsonl line 1: seed is None"),
     ("log.jsonl", json.dumps(a_cell(1e-5, 0, [50])) + "\n", r"FS is \[50\], expected two numbers"),
-    ("log.jsonl", json.dumps(a_cell(1e-5, 0, [9, 50], p=None)) + "\n", r"p is None, expected a number above 0"),
+    ("log.jsonl", json.dumps(a_cell(1e-5, 0, [9, 50], p=None)) + "\n",
+     r"p is None, expected a number above 0"),
     ("log.jsonl", "x\n", r"log.jsonl line 1: not JSON")])
 def test_another_layout_names_the_file(tmp_path, name, change, message):
     folder = a_run(tmp_path / "a", 1, method="gd")

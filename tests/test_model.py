@@ -290,7 +290,8 @@ def test_a_template_that_rewrites_a_question_is_refused(inside, tmp_path):
 
 
 @pytest.mark.parametrize("config, other", [
-    ({}, {}), ({"bos_token": None, "eos_token": None}, {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}),
+    ({}, {}),
+    ({"bos_token": None, "eos_token": None}, {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}),
     ({}, {"bos_token": "</s>"}), ({"bos_token": None}, {}),
     ({"added_tokens_decoder": True}, {"bos_token": "</s>", "eos_token": "<s>"}),
     ({"added_tokens_decoder": True, "bos_token": None}, {"bos_token": "</s>"})])

@@ -177,7 +177,8 @@ def test_columns_of_a_run_that_was_looked_into_beyond_the_paper():
     beyond = {"membership": {"after": {"loss": rate(70.0)}, "before": {"loss": rate(99.0)}},
               "causal": [{"m": 30, "FS": rate(40.0), "random_FS": rate(31.0)}]}
     assert tables.columns_of({"after": {"FS": rate(30.0)}, "beyond": beyond}) == {
-        "FS": 30.0, "AUC loss": 70.0, "FS 30 silent": 40.0, "FS 30 random": 31.0}
+        "FS": 30.0, "AUC loss": 70.0, "FS 30 silent": 40.0, "FS 30 random": 31.0,
+        "FS 30 silent less random": 9.0}
 
 
 @pytest.mark.parametrize("change", [
@@ -186,6 +187,14 @@ def test_columns_of_a_run_that_was_looked_into_beyond_the_paper():
 def test_a_kept_run_that_was_bent_is_named(tmp_path, change):
     tables.write_json(tmp_path / "gd fold=1.json", kept("gd", 1.0) | change)
     with pytest.raises(ValueError, match="gd fold=1.json: not a run"):
+        tables.kept_run(tmp_path / "gd fold=1.json")
+
+
+def test_a_kept_run_without_its_scores_is_named(tmp_path):
+    result = kept("gd", 1.0)
+    del result["after"]
+    tables.write_json(tmp_path / "gd fold=1.json", result)
+    with pytest.raises(ValueError, match="gd fold=1.json: not a run .*after is None"):
         tables.kept_run(tmp_path / "gd fold=1.json")
 
 

@@ -11,9 +11,9 @@ import torch
 import ssiuu
 from data import collate, encode
 from evaluate import influence
-from model import answer_logprob
+from model import LM, answer_logprob, read_config
 from ssiuu import METHODS, REFUSAL, Settings, begin, load_state, state_tensors, unlearn, write_tensors
-from toy import DEVICE, Letters, C_f, C_r, toy
+from toy import DEVICE, GOLDEN, Letters, C_f, C_r, toy
 
 S = Settings(lam=0.5, lr=1e-3, steps=3, tau=0.0)
 
@@ -232,6 +232,14 @@ def test_klue_ranks_by_attribution_less_what_any_question_shows():
     assert A[mask].mean() > A[~mask].mean()
     other = torch.cat(begin(model, Letters(), C_f, replace(S, method="random")).masks)[:, 0]
     assert mask.sum() == other.sum() and not torch.equal(mask, other)
+
+
+def test_rmu_trains_three_blocks_up_to_the_seventh():
+    with torch.device("meta"):
+        model = LM(replace(read_config(GOLDEN), num_hidden_layers=10))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [names[id(p)] for p in ssiuu.trained(model, "rmu")] == [
+        f"model.layers.{i}.mlp.down_proj.weight" for i in (5, 6, 7)]
 
 
 @pytest.mark.parametrize("skip", [0, 1])

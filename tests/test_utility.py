@@ -12,6 +12,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import evaluate
+import ssiuu
 from data import Example, load_utility
 from evaluate import (chosen, mismatched_tau, option_scores, recalls, rouge_l_recall, score, solved, utility,
                       wilson)
@@ -284,6 +285,14 @@ def test_the_command_line_reports_us(tmp_path, monkeypatch, capsys):
     evaluate.main()
     US = json.loads(capsys.readouterr().out)["US"]
     assert US["n"] == 7 and len(US["tasks"]) == 7
-    monkeypatch.setattr("sys.argv", [*evaluate.sys.argv[:-1], "0"])
+    path = tmp_path / "hellaswag_val.jsonl"
+    assert all(e.raw == bool(e.false_options) for C in load_utility(tmp_path).values() for e in C)
+    for module, script in ((evaluate, "evaluate.py"), (ssiuu, "ssiuu.py")):  # before the work
+        path.write_text(json.dumps({**HELLA, "ctx": "long " * 600}))
+        monkeypatch.setattr("sys.argv", [script, *evaluate.sys.argv[1:]])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match="hellaswag_val.jsonl: row 1: found [0-9]+ tokens"):
+            module.main()
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *evaluate.sys.argv[1:-1], "0"])
     with pytest.raises(ValueError, match="utility-n"):
         evaluate.main()

@@ -90,7 +90,7 @@ def main() -> None:
         refuse(f"{s.model}: none of {len(C_f)} items is answered falsely, expected an unlearned model")
     for p in s.p if s.rank else ():
         how = partial(retrain_lora, rank=s.rank)
-        columns[f"LoRA p = {p:g}"] = harmful_attack(model, tokenizer, pool, p, s, how=how)
+        columns[f"LoRA p = {p}"] = harmful_attack(model, tokenizer, pool, p, s, how=how)
     for bits in s.bits or ():
         columns[f"int{bits}"] = (quantisation_attack(model, tokenizer, pool, b, s.eval_batch) for b in [bits])
     for label, cells in columns.items():

@@ -246,8 +246,9 @@ def columns_of(result: dict, side: str = "after") -> dict[str, float]:
     for kind, found in result.get("beyond", {}).get("membership", {}).get("after", {}).items():
         values[f"AUC {kind}"] = found["percent"]
     for found in result.get("beyond", {}).get("causal", []):
-        values |= {f"FS {found['m']} silent": found["FS"]["percent"],
-                   f"FS {found['m']} random": found["random_FS"]["percent"]}
+        m, silent, chance = found["m"], found["FS"]["percent"], found["random_FS"]["percent"]
+        values |= {f"FS {m} silent": silent, f"FS {m} random": chance,
+                   f"FS {m} silent less random": silent - chance}
     if "analysis" in result:
         a = result["analysis"]
         values |= {name: a[name][0] for name in ("D_pos", "D_neg", "share")}
