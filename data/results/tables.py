@@ -92,11 +92,12 @@ SMOLLM2 = {
     "ssiuu previous 0.01": f"--lam 0.01 {SMOL}",
     "never taught": None,
 }
+# two graphs of 17 and 16 sequences in place of one of 33: 8 GB in place of 12
 SMOLLM2_FOLD0 = {
     "gd": f"--method gd {SMOL}", "npo --beta 0.1": f"--method npo --beta 0.1 {SMOL}",
-    **{f"ssiuu {more}": f"{more} {SMOL}" for more in (
-        "--target logprob --lam 0.1", "--target logprob --lam 0.3", "--lam 0.01", "--lam 0.03",
-        "--anchor initial --lam 0.001", "--anchor initial --lam 0.003")},
+    **{f"ssiuu {more}": f"{more} {SMOL} --micro-batch 17" for more in (
+        "--target logprob --lam 1e-3", "--target logprob --lam 1e-4", "--lam 1e-3", "--lam 1e-4",
+        "--anchor initial --lam 1e-4", "--anchor initial --lam 1e-5")},
 }
 SCORES = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
 
