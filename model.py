@@ -324,6 +324,10 @@ class Tokenizer:
         if getattr(self.tokens.model, "dropout", None):
             self.tokens.model.dropout = None  # BPE's: a text would have other ids each time
         config = read_json(path / "tokenizer_config.json", default={})
+        with refusing(f"{path / 'tokenizer_config.json'}: added_tokens_decoder cannot be read"):
+            for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda x: int(x[0])):
+                if self.tokens.token_to_id(token["content"]) is None:  # listed there alone
+                    self.tokens.add_tokens([tokenizers.AddedToken(**token)])
         self.special = self.special_tokens(config)
         self.template = chat_template(path, config.get("chat_template"))
         self.space = " " if self.template is None else self.after_prompt()
