@@ -142,6 +142,24 @@ def test_each_number_of_the_findings_is_in_the_table():
             assert number in shown, number
 
 
+def test_each_verdict_follows_from_its_interval():
+    """Cells of `row less row`; the arrow of a column is the sign that a claim wants of the difference."""
+    page, seen = (RESULTS / "README.md").read_text(), ""
+    for line in page[page.index("## The paper's claims"):page.index("## Does the measure")].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if "less" in cells:
+            first, columns = cells.index("less") + 1, [cell.split(" ") for cell in cells]
+        elif line.startswith("| ") and cells[0] != "---":
+            row, other = cells[first - 2:first]
+            for (*column, arrow), cell in zip(columns[first:], cells[first:], strict=True):
+                x = TABLE["rows"][row][f"minus {other}"][" ".join(column)]
+                found = "✓" if (x["mean"] > 0) == (arrow == "↑") else "✗"
+                verdict = "·" if x["low"] <= 0 <= x["high"] else found
+                assert cell == f"{tables.shown(x, 10)} {verdict}", line
+                seen += verdict
+    assert min(seen.count(verdict) for verdict in "✓✗·") > 3
+
+
 def test_sizes_that_were_promised():
     assert len(README.split()) <= 1600
     assert max(len(line) for line in README.splitlines()) <= 160
