@@ -87,9 +87,8 @@ BEYOND = ("never taught", "gd", "npo", "ssiuu previous 0.3", "ssiuu initial 0.03
 SMOL = "--lr 1e-4"
 SMOLLM2 = {
     "gd": f"--method gd {SMOL}",
+    "ssiuu logprob 1e-3": f"--target logprob --lam 1e-3 {SMOL}",
     "npo": f"--method npo --beta 0.1 {SMOL}",
-    "ssiuu initial 0.001": f"--anchor initial --lam 0.001 {SMOL}",
-    "ssiuu previous 0.01": f"--lam 0.01 {SMOL}",
     "never taught": None,
 }
 # two graphs of 17 and 16 sequences in place of one of 33: 8 GB in place of 12
@@ -119,13 +118,14 @@ TABLES = {
     "tiny-beyond": Table("data/tiny", {row: TINY[row] for row in BEYOND}, beyond=True),
     "smollm2-fold0": Table("runs/taught", SMOLLM2_FOLD0, steps=40, folds=range(1), score="--test-limit 100"),
     "smollm2": Table("runs/taught", SMOLLM2, steps=40, folds=range(1, 6), score="--test-limit 100",
-                     attack="--attack-draws 1 --attack-lrs 2e-4 --attack-epochs 5 --benign ''",
+                     attack="--attack-draws 1 --p 0.3 --attack-lrs 1e-3 2e-4 --attack-epochs 8 "
+                     "--benign-lrs 5e-4 1e-4 --benign-rows 200 --benign-points 3",
                      never="data/teach.py --model runs/smollm2 --teach-lr 2e-4 --teach-epochs 4 --bf16 "
                            "--out OUT --without FOLD"),
 }
 # each row is paired with these
 COMPARED = ("gd", "gd slowed", "npo", "klue", "ssiuu previous 0.3", "ssiuu initial 0.03",
-            "ssiuu initial 0.03 over npo", "ssiuu logprob 0.3", "npo 2e-5", "ssiuu initial 0.001",
+            "ssiuu initial 0.03 over npo", "ssiuu logprob 0.3", "npo 2e-5", "ssiuu logprob 1e-3",
             "never taught")
 
 # ------------------------------------------------------------------------------------------------ runs
