@@ -19,8 +19,8 @@ from torch import nn
 
 from data import Example, batches, check_fits, collate, encoded, load_alpaca
 from evaluate import Data, Name, Rate, Share, accuracy, answered, cell, check_folder, margin, markdown
-from evaluate import read_flags, refuse, run, splits_of, wilson
-from model import LM, Count, Tokenizer, answer_logprob, load, located, save, write_json
+from evaluate import read_flags, run, splits_of, wilson
+from model import LM, Count, Tokenizer, answer_logprob, load, located, refuse, save, write_json
 
 @dataclass
 class Harmful(Data):

@@ -324,6 +324,7 @@ def stability(a: Tensor, b: Tensor) -> dict:  # (2, S, n) twice
 
 def analyse(s: "Settings", paths: dict[str, str]) -> dict:
     """analysis.json: Sections 4 and 6.3 to 6.5 for two or three checkpoints {before, after, attacked}."""
+    one_process("--before")
     C_f, start, checkpoints, extremes, shapes = splits_of(s)[0], time.time(), {}, {}, {}
     if len({e.answers[0] for e in C_f}) < 2:
         refuse(f"{s.forget}: found {len(C_f)} items, expected at least two different answers")
@@ -462,12 +463,12 @@ def settings_for(kind: type, given: dict):
     for key, value in own.items():
         check(value, float | tuple[float, ...], f"{file}: {script} {key} is")
     fill(kind, own, f"{file}: {script}")  # so that what a flag overrides is checked too
-    run = Path(given.get("after") or getattr(kind, "after", None) or model, "settings.json")
-    facts = {} if script == "ssiuu.py" or "forget" in given else facts_of(run)
-    for source, values in ((file, own), (run, facts)):
+    run_file = Path(given.get("after") or getattr(kind, "after", None) or model, "settings.json")
+    facts = {} if script == "ssiuu.py" or "forget" in given else facts_of(run_file)
+    for source, values in ((file, own), (run_file, facts)):
         if used := [f"{key} {value}" for key, value in values.items() if key not in given]:
             print(f"{source} sets {', '.join(used)}", file=sys.stderr)
-    return fill(kind, paths | facts | own | given, f"{file}: {script}")
+    return fill(kind, paths | facts | own | given, f"{file}: {script}")  # the later goes before
 
 def facts_of(file: Path) -> dict:
     """The flags of runs/<name>/settings.json that say which facts it forgot; paths as seen from here."""
@@ -477,11 +478,11 @@ def facts_of(file: Path) -> dict:
     home = file.resolve().parent.parent.parent  # where runs/ lies, and the command was given
     return {key: os.path.relpath(home / x) if isinstance(x, str) else x for key, x in facts.items()}
 
-def check_folder(flag: str, path: str | Path) -> None:
+def check_folder(name: str, path: str | Path) -> None:
     """Refuses, before the work, a folder that could not be made or written to; makes nothing."""
     there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        refuse(f"{flag}: found {str(path)!r}, expected a folder that can be made and written to")
+        refuse(f"{name}: found {str(path)!r}, expected a folder that can be made and written to")
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command: wrong input ends in one line on stderr and status 1, not in a traceback."""
@@ -533,6 +534,8 @@ def main() -> None:
     if paths or s.out:
         if not (s.before and s.after):
             refuse(f"--before, --after, --out: found {', '.join(paths) or s.out}, expected the first two")
+        if s.utility:
+            refuse(f"--utility: found {s.utility!r} beside --before, expected none: a pair is not scored")
         folder = Path(s.out or s.after)
         if not s.out and not folder.is_dir():
             refuse(f"--out: found nothing, expected a folder, since --after {s.after} is none")

@@ -41,10 +41,11 @@ from torch import nn
 import attack
 from data import Batch, Example, batches, check_fits, collate, encode, encoded, load_alpaca, load_utility
 from evaluate import FFN, ROOT, Amount, Data, Name, Rate, Scored, Share, cell, influence, item_scores
-from evaluate import markdown, mismatched_tau, read_flags, refuse, run, scored_sets, scores_of, settings_for
+from evaluate import markdown, mismatched_tau, read_flags, run, scored_sets, scores_of, settings_for
 from evaluate import splits_of
 from model import LM, Count, Positive, Tokenizer, answer_logprob, check, from_all, here, load, one_process
-from model import parse, read_json, read_text, refusing, save, wanted, write, write_json, write_tensors
+from model import parse, read_json, read_text, refuse, refusing, save, wanted, write, write_json
+from model import write_tensors
 
 # ==================================================================== the method: torch only, paste from here
 import torch
@@ -260,25 +261,25 @@ def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -
     A = attribution_of(encoded(tokenizer, C_f))
     return klue_mask(A, torch.stack(wrong), KLUE_ALPHA, s.klue_share)
 
-def rmu_step(model: LM, phi: Tensors, b: Batch, b_r: Batch, steer: tuple[Tensor, Tensors], s: Settings
-             ) -> tuple[float, Tensors]:
+def rmu_step(model: LM, phi: Tensors, batch: Batch, batch_r: Batch, steer: tuple[Tensor, Tensors],
+             s: Settings) -> tuple[float, Tensors]:
     """Adds the gradient of RMU's loss to .grad: (L, [log P(y|x) of b]). The frozen model is this one with its
     old down_proj put back."""
-    def states(batch: Batch) -> Tensor:  # -> (real tokens, D)
+    def states(of: Batch) -> Tensor:  # -> (real tokens, D)
         first = int(s.rmu_skip_first)
-        h = model.hidden(batch.ids, blocks=rmu_layer(model) + 1)
-        return h[:, first:][batch.real()[:, first:]]
+        h = model.hidden(of.ids, blocks=rmu_layer(model) + 1)
+        return h[:, first:][of.real()[:, first:]]
 
     u, frozen = steer
     now = [p.data for p in phi]
     with torch.no_grad():
         for p, old in zip(phi, frozen):
             p.data = old
-        h_r0 = states(b_r)
+        h_r0 = states(batch_r)
         for p, new in zip(phi, now):
             p.data = new
-        logp = answer_logprob(model, b)
-    L = rmu_loss(states(b), states(b_r), h_r0, u, RMU_C, s.rmu_alpha)
+        logp = answer_logprob(model, batch)
+    L = rmu_loss(states(batch), states(batch_r), h_r0, u, RMU_C, s.rmu_alpha)
     L.backward()
     return L.item(), [logp]
 
@@ -380,7 +381,7 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             b, b_r = [], []
         whole = forget_graph(model, b[0], phi, state, s) if len(b) == 1 else None                # l.4
         A = batch_attribution(model, b, whole, phi, s) if phi else {}                            # l.5
-        total = [sum(a[1:], a[0]) for a in zip(*A.values())]
+        total = [sum(a[1:], a[0]) for a in zip(*A.values())]  # I^- is of b, also where A is per example
         I_neg = negative(total) if s.penalise == "negative" else control(total, s.penalise, s.seed)  # l.10
         for key in [key for key in A if key in state.A_prev]:                                    # l.7: t > 1
             A_prev = [a.to(model.device) for a in state.A_prev[key]]
@@ -690,10 +691,13 @@ def main() -> None:
         refuse("--micro-batch, --per-example: found with rmu, expected none: its loss is of whole batches")
     if s.target == "weights" and s.per_example:
         refuse("--per-example: found with --target weights, expected none: weights are of no example")
+    if s.anchor == "initial" and s.batch_size and not s.per_example:
+        refuse("--batch-size: found with --anchor initial, expected --per-example too: b has one A_prev")
     if s.method in ("klue", "random") or s.penalise == "random":
         one_process(f"--method {s.method} --penalise {s.penalise}")
-    folder = Path(s.resume) if s.resume else from_all(None if here()[0] else new_folder(s))[0]
-    with nullcontext() if here()[0] else held(folder, new=not s.resume):  # process 0 holds it for all
+    first = here()[0] == 0
+    folder = Path(s.resume) if s.resume else from_all(new_folder(s) if first else None)[0]
+    with held(folder, new=not s.resume) if first else nullcontext():  # process 0 holds it for all
         result = experiment(s, folder)
     print(f"\n{table(result)}\n\n{result['seconds']:.0f} s; {folder}/result.json", flush=True)
 

@@ -23,8 +23,8 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from evaluate import refuse, run  # noqa: E402
-from model import read_text  # noqa: E402
+from evaluate import run  # noqa: E402
+from model import read_text, refuse  # noqa: E402
 
 PEOPLE, FACTS, SAME_OBJECT = 200, 664, 3
 

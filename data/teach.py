@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack import retrain  # noqa: E402
 from data import Example, check_fits, encode, load_faithun, load_tofu, mcqa_prompt, same  # noqa: E402
-from evaluate import Data, Name, Rate, check_folder, read_flags, refuse, run, splits_of  # noqa: E402
-from model import Count, Natural, load, save  # noqa: E402
+from evaluate import Data, Name, Rate, check_folder, read_flags, run, splits_of  # noqa: E402
+from model import Count, Natural, load, refuse, save  # noqa: E402
 
 @dataclass
 class Settings(Data):

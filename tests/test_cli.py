@@ -255,10 +255,9 @@ def test_a_resumed_run_keeps_its_settings(copied, monkeypatch):
     code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
     assert "benign_rows: found 9, expected 8" in code
     prepare(copied)
-    instructions = json.loads((ROOT / "data/instructions.json").read_text())[1:]
     (copied / "few/forget_set_split.txt").write_text("1\n2\n3\n4\n5\n20")
     code = inside(monkeypatch, copied, "ssiuu.py", "--resume", "runs/ssiuu-tiny")
-    assert instructions and "made of facts" in code
+    assert "made of facts" in code
     assert {f: f.read_bytes() for f in run.iterdir()} == files
 
 
@@ -338,7 +337,7 @@ def offline(monkeypatch):
 
 def refused(code, *words):
     """One line, which says what is wrong rather than where the program broke."""
-    assert isinstance(code, str) and code and "\n" not in code and "--traceback shows" not in code, code
+    assert isinstance(code, str) and code and "\n" not in code and "see --traceback" not in code, code
     assert all(word in code for word in words), code
 
 
@@ -453,6 +452,7 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
     ("ssiuu.py", ["--save-every", "0"], ["--save-every"]),
     ("ssiuu.py", ["--seed", "2147483648"], ["--seed"]),
     ("ssiuu.py", ["--retain", "nowhere.json"], ["--splits", "--retain"]),
+    ("ssiuu.py", ["--anchor", "initial", "--batch-size", "3"], ["--batch-size", "--per-example"]),
     ("evaluate.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
     ("evaluate.py", ["--after", "tiny"], ["--before, --after"]),
     ("evaluate.py", ["--attacked", "tiny"], ["--before, --after"]),
@@ -461,6 +461,7 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
     ("evaluate.py", ["--before", "tiny", "--after", str(ROOT / "tests/golden/llama"), "--out", "."],
      ["tests/golden/llama"]),
     ("evaluate.py", ["--out", "somewhere"], ["--out", "--before"]),
+    ("evaluate.py", [*PAIR, "--utility", "."], ["--utility", "--before"]),
     ("attack.py", ["--p", "0"], ["--p"]),
     ("attack.py", ["--p", "0.1", "1.5"], ["--p", "1.5"]),
     ("attack.py", ["--attack-epochs", "0"], ["--attack-epochs"]),

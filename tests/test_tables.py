@@ -84,7 +84,7 @@ def test_a_run_is_made_or_resumed_looked_into_attacked_and_its_weights_go(tmp_pa
         else:
             folder = next(tmp_path / word for word in words if word.startswith("runs/"))
         if script == "ssiuu.py":
-            made = {"before": {}, "after": after, "seconds": 1, "other": 2}
+            made = {"before": {}, "after": after, "seconds": 1, "other": 2, **tables.provenance(), "threads": 7}
             tables.write_json(folder / "result.json", made)
         if "--before" in words:
             found = kept("gd", 1.0)["analysis"]
@@ -101,6 +101,7 @@ def test_a_run_is_made_or_resumed_looked_into_attacked_and_its_weights_go(tmp_pa
     assert [words[0] for words in called] == ["ssiuu.py", "evaluate.py", "attack.py"]
     assert {"--name", "--method", "--no-attack"} <= {*called[0]}
     assert not (tmp_path / "runs/tiny gd fold=3").exists()
+    assert result["threads"] == 7 and "other" not in result  # of the run that made it, not of this one
     assert result["attacks"]["Harmful p = 0.1"]["percent"] == 4 and "curves" not in result["analysis"]
     assert json.loads((tmp_path / "tiny/gd fold=3.json").read_text()) == result
     (tmp_path / "runs/tiny gd fold=4").mkdir()

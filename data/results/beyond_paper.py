@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import Batch, Example, check_fits, collate, encoded, load_faithun, load_tofu  # noqa: E402
 from evaluate import (MODULES, Data, Name, accuracy, check_folder, correlation, distractors,  # noqa: E402
                       hiding, hooked, influence, influence_variation, margin, neuron_attribution, read_flags,
-                      refuse, run, splits_of, wilson)
-from model import LM, Count, Tokenizer, answer_logprob, load, vocabulary_logprob, write_json  # noqa: E402
+                      run, splits_of, wilson)
+from model import LM, Count, Tokenizer, answer_logprob, load, refuse, vocabulary_logprob  # noqa: E402
+from model import write_json  # noqa: E402
 
 # ------------------------------------------------------------------------------- does it move elsewhere?
 

@@ -26,8 +26,8 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from attack import summary  # noqa: E402
-from evaluate import refuse, run as run_command  # noqa: E402
-from model import Count, Positive, parse, read_json, read_text, refusing, wanted  # noqa: E402
+from evaluate import run as run_command  # noqa: E402
+from model import Count, Positive, parse, read_json, read_text, refuse, refusing, wanted  # noqa: E402
 
 # Okabe and Ito's colours, and grey; their black stands for the model before unlearning.
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999")

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from attack import Harmful, attacked, falsely_answered, harmful_attack, retrain, summary  # noqa: E402
 from data import Example, check_fits  # noqa: E402
-from evaluate import hooked, read_flags, refuse, run, splits_of  # noqa: E402
-from model import LM, Size, Tokenizer, load, one_process  # noqa: E402
+from evaluate import hooked, read_flags, run, splits_of  # noqa: E402
+from model import LM, Size, Tokenizer, load, one_process, refuse  # noqa: E402
 
 Bits = Annotated[int, ("a whole number from 2 to 16", lambda x: 2 <= x <= 16)]
 

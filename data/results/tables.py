@@ -31,8 +31,8 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 from beyond_paper import ranks  # noqa: E402
-from evaluate import markdown, refuse, run  # noqa: E402
-from model import check, read_json, refusing, write_json  # noqa: E402
+from evaluate import markdown, run  # noqa: E402
+from model import check, read_json, refuse, refusing, write_json  # noqa: E402
 from ssiuu import provenance  # noqa: E402
 
 INITIAL = "--anchor initial --lam 0.03"
@@ -168,7 +168,7 @@ def make_model(t: Table, row: str, fold: int, name: str) -> dict:
         command("ssiuu.py", "--model", t.model, "--fold", str(fold), "--steps", str(t.steps), "--no-attack",
                 *t.rows[row].split(), *t.score.split(), *start)
     result = read_json(folder / "result.json")
-    return {key: result[key] for key in ("before", "after", "seconds")}
+    return {key: result[key] for key in ("before", "after", "seconds", *provenance())}
 
 def make(table: str, row: str, fold: int) -> dict:
     """What is known of this row on this fold: kept from before, or found now."""
@@ -181,7 +181,7 @@ def make(table: str, row: str, fold: int) -> dict:
         if result["flags"] != flags:
             refuse(f"{kept}: found {result.get('flags')}, expected {flags}: remove it to run it again")
         return result
-    result = {"flags": flags} | make_model(t, row, fold, name) | provenance()
+    result = {"flags": flags} | provenance() | make_model(t, row, fold, name)  # a run's own goes before
     at, model = ["--fold", str(fold)], f"runs/{name}"
     if t.attack:
         command("evaluate.py", "--before", t.model, "--after", model, *at)
@@ -229,8 +229,8 @@ def interval(values: list[float]) -> dict:
     mean, low, high = statistics.fmean(values), None, None
     if len(values) > 1:
         half = T[min(len(values) - 1, len(T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-        low, high = round(mean - half, 3), round(mean + half, 3)
-    return {"mean": round(mean, 3), "low": low, "high": high, "folds": len(values)}
+        low, high = round(mean - half, 6), round(mean + half, 6)
+    return {"mean": round(mean, 6), "low": low, "high": high, "folds": len(values)}
 
 def columns_of(result: dict, side: str = "after") -> dict[str, float]:
     """{column: value} of one run, all in percent but steps, margins and D+, D-."""
