@@ -83,6 +83,7 @@ FOLD0 = {f"{method} {more}".strip(): f"--method {method} {more}" for method, gri
 }.items() for more in grid}
 BEYOND = ("never taught", "gd", "npo", "ssiuu previous 0.3", "ssiuu initial 0.03",
           "ssiuu initial 0.03 over npo", "ssiuu logprob 0.3")
+STRONG = ("gd", "npo 2e-5", "ssiuu initial 0.03 over npo", "ssiuu logprob 0.3 2e-5")
 # one rate for all rows, for the cost: half of it takes twice the steps
 SMOL = "--lr 1e-4"
 SMOLLM2 = {
@@ -116,6 +117,9 @@ TABLES = {
     "tiny": Table("data/tiny", TINY, attack="--attack-draws 1 --attack-lrs 1e-3 5e-4 1e-4 "
                   "--benign-lrs 1e-3 1e-4 1e-5 --benign-rows 200"),
     "tiny-beyond": Table("data/tiny", {row: TINY[row] for row in BEYOND}, beyond=True),
+    # above the highest rate of "tiny", which was most often the best one
+    "tiny-strong": Table("data/tiny", {row: TINY[row] for row in STRONG}, attack="--attack-draws 1 --p 0.3 "
+                         "--attack-lrs 2e-3 --benign-lrs 2e-3 --benign-rows 200"),
     "smollm2-fold0": Table("runs/taught", SMOLLM2_FOLD0, steps=40, folds=range(1), score="--test-limit 100"),
     "smollm2": Table("runs/taught", SMOLLM2, steps=40, folds=range(1, 6), score="--test-limit 100",
                      attack="--attack-draws 1 --p 0.3 --attack-lrs 1e-3 2e-4 --attack-epochs 8 "
