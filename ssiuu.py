@@ -359,10 +359,9 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
             state: State) -> Iterator[dict]:
     """Algorithm 1; yields the numbers of each step, the last one where FS <= tau (Section 6.1).
 
-    w needs A of all of b, so b is passed twice: A is summed as constants, then each part's graph is built and
-    left; one part's `whole` graph serves both. b' comes after b: its gradient never lies beside a graph of b.
-    A and w are {Part.key: like phi}: one entry, with --per-example one an item. A baseline has its own loss,
-    mask or step, and no phi to penalise. FloatingPointError on NaN, infinity."""
+    Two passes over b: first A of all of it, as constants, and hence w; then a graph a part, its surrogate and
+    backward. Where b is one part its `whole` graph serves both. b' follows: its graph never lies beside b's.
+    A and w: {Part.key: like phi}, with --per-example an entry an item. FloatingPointError on NaN, infinity."""
     learning = [p for p in model.parameters() if p.requires_grad]
     phi = scope_of(model, s.scope) if s.method == "ssiuu" else []
     rows, rows_r = encoded(tokenizer, C_f), encoded(tokenizer, C_r)
@@ -370,7 +369,8 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
                               state.t) for i, C in enumerate((C_f, C_r)))
     scores = item_scores(model, tokenizer, C_f, s.eval_batch) if state.masks else []
     for state.t in range(state.t + 1, s.steps + 1):                                              # Alg. 1 l.1
-        start, L, logp_f, logp_r, L_ssiuu, w = time.time(), 0.0, [], [], 0.0, {}
+        start, L, L_ssiuu = time.time(), 0.0, 0.0
+        logp_f, logp_r, w = [], [], {}
         items, items_r = next(forget), next(retain)                                              # l.2, l.3
         if state.masks:  # KLUE leaves alone what is forgotten already
             items = [i for i in items if scores[i] > s.tau] or items
