@@ -361,7 +361,7 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
 
     Two passes over b: first A of all of it, as constants, and hence w; then a graph a part, its surrogate and
     backward. Where b is one part its `whole` graph serves both. b' follows: its graph never lies beside b's.
-    A and w: {Part.key: like phi}, with --per-example an entry an item. FloatingPointError on NaN, infinity."""
+    A, w: {Part.key: like phi}, with --per-example an entry an item. FloatingPointError on NaN, infinity."""
     learning = [p for p in model.parameters() if p.requires_grad]
     phi = scope_of(model, s.scope) if s.method == "ssiuu" else []
     rows, rows_r = encoded(tokenizer, C_f), encoded(tokenizer, C_r)
