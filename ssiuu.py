@@ -691,8 +691,6 @@ def main() -> None:
         refuse("--micro-batch, --per-example: found with rmu, expected none: its loss is of whole batches")
     if s.target == "weights" and s.per_example:
         refuse("--per-example: found with --target weights, expected none: weights are of no example")
-    if s.anchor == "initial" and s.batch_size and not s.per_example:
-        refuse("--batch-size: found with --anchor initial, expected --per-example too: b has one A_prev")
     if s.method in ("klue", "random") or s.penalise == "random":
         one_process(f"--method {s.method} --penalise {s.penalise}")
     first = here()[0] == 0

@@ -452,7 +452,6 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
     ("ssiuu.py", ["--save-every", "0"], ["--save-every"]),
     ("ssiuu.py", ["--seed", "2147483648"], ["--seed"]),
     ("ssiuu.py", ["--retain", "nowhere.json"], ["--splits", "--retain"]),
-    ("ssiuu.py", ["--anchor", "initial", "--batch-size", "3"], ["--batch-size", "--per-example"]),
     ("evaluate.py", ["--forget", "nowhere.json"], ["nowhere.json"]),
     ("evaluate.py", ["--after", "tiny"], ["--before, --after"]),
     ("evaluate.py", ["--attacked", "tiny"], ["--before, --after"]),
