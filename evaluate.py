@@ -534,8 +534,8 @@ def main() -> None:
     if paths or s.out:
         if not (s.before and s.after):
             refuse(f"--before, --after, --out: found {', '.join(paths) or s.out}, expected the first two")
-        if s.utility:
-            refuse(f"--utility: found {s.utility!r} beside --before, expected none: a pair is not scored")
+        for name in [name for name in ("utility", "test_limit") if getattr(s, name)]:
+            refuse(f"--{name.replace('_', '-')}: found beside --before, expected none: a pair is not scored")
         folder = Path(s.out or s.after)
         if not s.out and not folder.is_dir():
             refuse(f"--out: found nothing, expected a folder, since --after {s.after} is none")

@@ -324,11 +324,9 @@ class Tokenizer:
         if getattr(self.tokens.model, "dropout", None):
             self.tokens.model.dropout = None  # BPE's: a text would have other ids each time
         config = read_json(path / "tokenizer_config.json", default={})
-        with refusing(f"{path / 'tokenizer_config.json'}: added_tokens_decoder cannot be read"):
-            for _, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda x: int(x[0])):
-                if self.tokens.token_to_id(token["content"]) is None:  # listed there alone
-                    self.tokens.add_tokens([tokenizers.AddedToken(**token)])
         self.special = self.special_tokens(config)
+        with refusing(f"{path / 'tokenizer_config.json'}: its added tokens cannot be read"):
+            self.add_listed(config)
         self.template = chat_template(path, config.get("chat_template"))
         self.space = " " if self.template is None else self.after_prompt()
         self.stop_ids = self.ends()
@@ -347,6 +345,17 @@ class Tokenizer:
             if check(token, str | None, where):
                 found[key] = token
         return found
+
+    def add_listed(self, config: dict) -> None:
+        """Adds what tokenizer_config.json lists and tokenizer.json has not, in transformers' order."""
+        by_id = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda x: int(x[0]))
+        extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+        extra = [*self.special.values(), *(extra.values() if isinstance(extra, dict) else extra)]
+        extra = [x if isinstance(x, dict) else {"content": x, "special": True} for x in extra]
+        for token in [*(token for _, token in by_id), *extra]:
+            if self.tokens.token_to_id(token["content"]) is None:
+                named = {key: value for key, value in token.items() if not key.startswith("__")}
+                self.tokens.add_tokens([tokenizers.AddedToken(**named)])
 
     def ends(self) -> list[int]:
         """The eos_token's id, then eos_token_id of generation_config.json, or else of config.json."""

@@ -461,6 +461,7 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
      ["tests/golden/llama"]),
     ("evaluate.py", ["--out", "somewhere"], ["--out", "--before"]),
     ("evaluate.py", [*PAIR, "--utility", "."], ["--utility", "--before"]),
+    ("evaluate.py", [*PAIR, "--test-limit", "3"], ["--test-limit", "--before"]),
     ("attack.py", ["--p", "0"], ["--p"]),
     ("attack.py", ["--p", "0.1", "1.5"], ["--p", "1.5"]),
     ("attack.py", ["--attack-epochs", "0"], ["--attack-epochs"]),

@@ -115,7 +115,7 @@ def test_the_small_table_is_the_committed_one():
     assert seen >= {"never taught", "gd", "npo", "ssiuu previous 0.3", "ssiuu initial 0.03"}
 
 
-def columns(table, minus):
+def printable(table, minus):
     """What `tables.show` can print of this table."""
     rows = table["rows"].values()
     there = minus is None or any(f"minus {minus}" in row for row in rows)
@@ -129,7 +129,7 @@ def test_the_tables_of_the_results_are_the_committed_ones():
         head = [cell.strip() for cell in lines.splitlines()[0].strip("|").split("|")]
         if head[0] == "row" or head[0].startswith("minus "):
             minus = head[0].removeprefix("minus ").removesuffix(", paired") if head[0] != "row" else None
-            able = [table for table in TABLES.values() if set(head[2:]) <= {*columns(table, minus)}]
+            able = [table for table in TABLES.values() if set(head[2:]) <= {*printable(table, minus)}]
             assert any(lines.strip() in tables.show(x, head[2:], minus).split("\n\n") for x in able), head
             seen += 1
     assert seen > 3

@@ -84,7 +84,8 @@ def test_a_run_is_made_or_resumed_looked_into_attacked_and_its_weights_go(tmp_pa
         else:
             folder = next(tmp_path / word for word in words if word.startswith("runs/"))
         if script == "ssiuu.py":
-            made = {"before": {}, "after": after, "seconds": 1, "other": 2, **tables.provenance(), "threads": 7}
+            made = {"before": {}, "after": after, "seconds": 1, "other": 2}
+            made |= tables.provenance() | {"threads": 7}
             tables.write_json(folder / "result.json", made)
         if "--before" in words:
             found = kept("gd", 1.0)["analysis"]

@@ -156,7 +156,7 @@ def kept_run(file: Path) -> dict:
     return result
 
 def make_model(t: Table, row: str, fold: int, name: str) -> dict:
-    """Makes or resumes runs/<name>, the model of this row; its scores as ssiuu.py or evaluate.py has them."""
+    """Makes or resumes runs/<name>, the model of this row: its scores and what made them."""
     folder = ROOT / "runs" / name
     if t.rows[row] is None:
         if not (folder / "model.safetensors").is_file():
@@ -164,7 +164,7 @@ def make_model(t: Table, row: str, fold: int, name: str) -> dict:
             words = {"OUT": f"runs/{name}", "FOLD": str(fold)}
             command(*(words.get(word, word) for word in t.never.split()))
         at = ["--fold", str(fold), *t.score.split()]
-        return {"after": json.loads(command("evaluate.py", "--model", f"runs/{name}", *at))}
+        return {"after": json.loads(command("evaluate.py", "--model", f"runs/{name}", *at))} | provenance()
     if folder.exists() and not (folder / "settings.json").is_file():
         shutil.rmtree(folder)  # killed before there was anything to resume
     if not (folder / "result.json").is_file():
@@ -172,7 +172,8 @@ def make_model(t: Table, row: str, fold: int, name: str) -> dict:
         command("ssiuu.py", "--model", t.model, "--fold", str(fold), "--steps", str(t.steps), "--no-attack",
                 *t.rows[row].split(), *t.score.split(), *start)
     result = read_json(folder / "result.json")
-    return {key: result[key] for key in ("before", "after", "seconds", *provenance())}
+    made = ("before", "after", "seconds", "commit", "torch", "python", "machine", "threads")
+    return {key: result[key] for key in made}
 
 def make(table: str, row: str, fold: int) -> dict:
     """What is known of this row on this fold: kept from before, or found now."""
@@ -185,7 +186,7 @@ def make(table: str, row: str, fold: int) -> dict:
         if result["flags"] != flags:
             refuse(f"{kept}: found {result.get('flags')}, expected {flags}: remove it to run it again")
         return result
-    result = {"flags": flags} | provenance() | make_model(t, row, fold, name)  # a run's own goes before
+    result = {"flags": flags} | make_model(t, row, fold, name)
     at, model = ["--fold", str(fold)], f"runs/{name}"
     if t.attack:
         command("evaluate.py", "--before", t.model, "--after", model, *at)
