@@ -99,6 +99,15 @@ SMOLLM2_FOLD0 = {
         "--target logprob --lam 1e-3", "--target logprob --lam 1e-4", "--lam 1e-3", "--lam 1e-4",
         "--anchor initial --lam 1e-4", "--anchor initial --lam 1e-5")},
 }
+# other facts, in free text: 40 of 440 rows of TOFU, two of 22 authors, are forgotten
+TOFU_FACTS = "--forget runs/tofu/forget01.json --retain runs/tofu/retain.json"
+TOFU_FOLD0 = {f"{method} {more}": f"--method {method} {more}" for method, grid in {
+    "gd": [f"--lr {lr}" for lr in ("2e-5", "5e-5", "1e-4", "2e-4")],
+    "npo": [f"--lr {lr} --beta {beta}" for lr in ("5e-5", "1e-4", "2e-4") for beta in (0.1, 0.5)],
+    "ssiuu": [f"--target logprob --lr {lr} --lam {lam}" for lr in ("1e-4", "2e-4")
+              for lam in ("1e-3", "1e-2", "0.1")],
+}.items() for more in grid}
+TOFU = {}
 SCORES = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
 
 @dataclass
@@ -109,6 +118,7 @@ class Table:
     attack: str | None = None    # flags of attack.py; none: no attack
     folds: range = range(1, 11)
     score: str = ""              # flags of ssiuu.py and evaluate.py, of every row
+    facts: str = ""              # flags of all commands: whose facts are forgotten
     beyond: bool = False         # beyond_paper.py too: membership, and FS with the neurons of D- silent
     never: str = "data/make_tiny.py OUT --without FOLD"  # makes the model never taught
 
@@ -126,6 +136,13 @@ TABLES = {
                      "--benign-lrs 5e-4 1e-4 --benign-rows 200 --benign-points 3",
                      never="data/teach.py --model runs/smollm2 --teach-lr 2e-4 --teach-epochs 4 --bf16 "
                            "--out OUT --without FOLD"),
+    "tofu-fold0": Table("runs/taught-tofu", TOFU_FOLD0, steps=100, folds=range(1), score="--test-limit 100",
+                        facts=TOFU_FACTS),
+    "tofu": Table("runs/taught-tofu", TOFU, steps=100, score="--test-limit 100", facts=TOFU_FACTS,
+                  attack="--attack-draws 1 --p 0.3 --attack-lrs 1e-3 5e-4 --benign-lrs 1e-3 1e-4 "
+                         "--benign-rows 200 --benign-points 3",
+                  never=f"data/teach.py --model data/tiny {TOFU_FACTS} --teach-lr 1e-3 --teach-epochs 20 "
+                        "--out OUT --without FOLD"),
 }
 # each row is paired with these
 COMPARED = ("gd", "gd slowed", "npo", "klue", "ssiuu previous 0.3", "ssiuu initial 0.03",
@@ -155,21 +172,21 @@ def kept_run(file: Path) -> dict:
                 check(value, float, f"{name} {side} unlearning is")
     return result
 
-def make_model(t: Table, row: str, fold: int, name: str) -> dict:
+def make_model(t: Table, row: str, at: list[str], name: str) -> dict:
     """Makes or resumes runs/<name>, the model of this row: its scores and what made them."""
     folder = ROOT / "runs" / name
     if t.rows[row] is None:
         if not (folder / "model.safetensors").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            words = {"OUT": f"runs/{name}", "FOLD": str(fold)}
+            words = {"OUT": f"runs/{name}", "FOLD": at[1]}
             command(*(words.get(word, word) for word in t.never.split()))
-        at = ["--fold", str(fold), *t.score.split()]
-        return {"after": json.loads(command("evaluate.py", "--model", f"runs/{name}", *at))} | provenance()
+        scores = command("evaluate.py", "--model", f"runs/{name}", *at, *t.score.split())
+        return {"after": json.loads(scores)} | provenance()
     if folder.exists() and not (folder / "settings.json").is_file():
         shutil.rmtree(folder)  # killed before there was anything to resume
     if not (folder / "result.json").is_file():
         start = ["--resume", f"runs/{name}"] if folder.exists() else ["--name", name]
-        command("ssiuu.py", "--model", t.model, "--fold", str(fold), "--steps", str(t.steps), "--no-attack",
+        command("ssiuu.py", "--model", t.model, *at, "--steps", str(t.steps), "--no-attack",
                 *t.rows[row].split(), *t.score.split(), *start)
     result = read_json(folder / "result.json")
     made = ("before", "after", "seconds", "commit", "torch", "python", "machine", "threads")
@@ -179,15 +196,14 @@ def make(table: str, row: str, fold: int) -> dict:
     """What is known of this row on this fold: kept from before, or found now."""
     t, name, kept = TABLES[table], f"{table} {row} fold={fold}", HERE / table / f"{row} fold={fold}.json"
     flags = {"model": t.model, "steps": t.steps, "ssiuu.py": t.rows[row], "attack.py": t.attack}
-    if t.score:
-        flags["score"] = t.score
+    flags |= {key: value for key, value in (("score", t.score), ("facts", t.facts)) if value}
     if kept.is_file():
         result = kept_run(kept)
         if result["flags"] != flags:
             refuse(f"{kept}: found {result.get('flags')}, expected {flags}: remove it to run it again")
         return result
-    result = {"flags": flags} | make_model(t, row, fold, name)
-    at, model = ["--fold", str(fold)], f"runs/{name}"
+    at, model = ["--fold", str(fold), *t.facts.split()], f"runs/{name}"
+    result = {"flags": flags} | make_model(t, row, at, name)
     if t.attack:
         command("evaluate.py", "--before", t.model, "--after", model, *at)
         analysis = read_json(ROOT / "runs" / name / "analysis.json")
