@@ -99,15 +99,16 @@ SMOLLM2_FOLD0 = {
         "--target logprob --lam 1e-3", "--target logprob --lam 1e-4", "--lam 1e-3", "--lam 1e-4",
         "--anchor initial --lam 1e-4", "--anchor initial --lam 1e-5")},
 }
-# other facts, in free text: 40 of 440 rows of TOFU, two of 22 authors, are forgotten
-TOFU_FACTS = "--forget runs/tofu/forget01.json --retain runs/tofu/retain.json"
-TOFU_FOLD0 = {f"{method} {more}": f"--method {method} {more}" for method, grid in {
-    "gd": [f"--lr {lr}" for lr in ("2e-5", "5e-5", "1e-4", "2e-4")],
-    "npo": [f"--lr {lr} --beta {beta}" for lr in ("5e-5", "1e-4", "2e-4") for beta in (0.1, 0.5)],
-    "ssiuu": [f"--target logprob --lr {lr} --lam {lam}" for lr in ("1e-4", "2e-4")
-              for lam in ("1e-3", "1e-2", "0.1")],
-}.items() for more in grid}
-TOFU = {}
+# other facts, in free text: of 440 rows of TOFU 20 are forgotten, one of 22 authors, at one rate for the cost
+TOFU_FACTS = "--forget runs/tofu/one.json --retain runs/tofu/rest.json"
+TOFU_FOLD0 = {more: f"{more} --lr 1e-4" for more in (
+    "--method gd", "--method npo", "--target logprob --lam 1e-3", "--target logprob --lam 1e-2")}
+TOFU = {
+    "gd": "--method gd --lr 1e-4",
+    "npo": "--method npo --lr 1e-4",
+    "ssiuu logprob 1e-2": "--target logprob --lam 1e-2 --lr 1e-4",
+    "never taught": None,
+}
 SCORES = ("FS", "RS", "retain", "paraphrased", "multi_hop", "same_answer", "US")
 
 @dataclass
@@ -139,8 +140,8 @@ TABLES = {
     "tofu-fold0": Table("runs/taught-tofu", TOFU_FOLD0, steps=100, folds=range(1), score="--test-limit 100",
                         facts=TOFU_FACTS),
     "tofu": Table("runs/taught-tofu", TOFU, steps=100, score="--test-limit 100", facts=TOFU_FACTS,
-                  attack="--attack-draws 1 --p 0.3 --attack-lrs 1e-3 5e-4 --benign-lrs 1e-3 1e-4 "
-                         "--benign-rows 200 --benign-points 3",
+                  attack="--attack-draws 1 --p 0.3 --attack-lrs 5e-4 2e-4 --benign-lrs 1e-4 --benign-rows 200 "
+                         "--benign-points 3",
                   never=f"data/teach.py --model data/tiny {TOFU_FACTS} --teach-lr 1e-3 --teach-epochs 20 "
                         "--out OUT --without FOLD"),
 }
