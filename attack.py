@@ -19,7 +19,7 @@ from torch import nn
 
 from data import Example, batches, check_fits, collate, encoded, load_alpaca
 from evaluate import Data, Name, Rate, Share, accuracy, answered, cell, check_folder, margin, markdown
-from evaluate import read_flags, run, splits_of, wilson
+from evaluate import making, read_flags, run, splits_of, wilson
 from model import LM, Count, Tokenizer, answer_logprob, load, located, refuse, save, write_json
 
 @dataclass
@@ -170,9 +170,10 @@ def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Setti
     generator = torch.Generator().manual_seed(s.seed)
     for loss in retrain(model, rows, s.attack_lrs[0], s.attack_epochs, s.attack_batch, generator):
         print(f"{s.model}: retrained on {len(rows)} of {len(pool)} items, loss {loss:.4f}", flush=True)
-    save(model, tokenizer, s.save)
     facts = {key: str(Path(x).resolve()) for key in ("forget", "retain", "splits") if (x := getattr(s, key))}
-    write_json(Path(s.save, "settings.json"), {"settings": facts | {"fold": s.fold}})  # read by evaluate.py
+    with making(s.save):
+        save(model, tokenizer, s.save)
+        write_json(Path(s.save, "settings.json"), {"settings": facts | {"fold": s.fold}})  # for evaluate.py
 
 def main() -> None:
     s, rows = read_flags(Settings, __doc__), []

@@ -45,7 +45,7 @@ class Batch:
 Text = Annotated[str | int | float, ("text or a number", lambda x: str(x).strip())]
 
 def text(row: dict, key: str, where: str) -> str:
-    """row[key], a number as its digits. ValueError for other types, blanks and lone surrogates."""
+    """row[key], a number as Python writes it. ValueError for other types, blanks and lone surrogates."""
     return str(check(row.get(key), Text, f"{where}: found {key}"))
 
 def texts(row: dict, key: str, where: str) -> list[str]:
@@ -203,8 +203,8 @@ def load_utility(folder: str | Path) -> dict[str, list[Example]]:
 # ---------------------------------------------------------------------------------------------- splits
 
 def same(e: Example) -> tuple[str, str]:
-    """What rows of one fact have in common: question and first answer, whatever the white space."""
-    return " ".join(e.question.split()), " ".join(e.answers[0].split())
+    """What rows of one fact have in common: question and first answer, but for white space, Unicode form."""
+    return tuple(" ".join(unicodedata.normalize("NFC", x).split()) for x in (e.question, e.answers[0]))
 
 SEED = 20260923  # of every fold: a result is a result on these sets, so it never changes
 
@@ -255,12 +255,15 @@ def mcqa_prompt(example: Example, rng: random.Random) -> str:
 
 OUTER = ("Ps", "Pe", "Pi", "Pf", "Po", "Zs", "Cf")  # brackets, quotes, punctuation, spaces, widthless marks
 SYMBOLS = "#%&@/\\§‰＃％＆＠／＼"  # punctuation to Unicode, but C# is not C
+ALIKE = str.maketrans("‘’ʼ“”‐‑–—", "'''\"\"----", "\u00ad")  # as on a keyboard
 
 def normalise(text: str) -> str:
     """What is compared when an answer is scored: its first line with text, without case, composed,
-    less the quotes, brackets and punctuation of any script around it, if that leaves something."""
+    quotes, dashes and spaces of one kind each, less the quotes, brackets and punctuation of any script around
+    it, if that leaves something."""
     line = next((line for line in text.splitlines() if line.strip()), "")
-    line = unicodedata.normalize("NFC", unicodedata.normalize("NFD", line).casefold()).strip()
+    line = unicodedata.normalize("NFC", unicodedata.normalize("NFD", line).casefold()).translate(ALIKE)
+    line = " ".join(line.split())
     outer = {c for c in line if unicodedata.category(c) in OUTER and c not in SYMBOLS}
     return line.strip("`" + "".join(outer)) or line
 

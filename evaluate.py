@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -438,7 +439,7 @@ def flag(kind) -> dict:
 
     def read(text: str):
         value = text
-        for number in (float, int) if wanted(text, one) else ():
+        for number in (float, int) if wanted(text, one) and re.fullmatch(r"[-+.a-zA-Z0-9]+", text) else ():
             with suppress(ValueError):
                 value = number(text)
         if expected := wanted(value, one).removesuffix(" or null"):  # no flag can say null
@@ -483,6 +484,16 @@ def check_folder(name: str, path: str | Path) -> None:
     there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         refuse(f"{name}: found {str(path)!r}, expected a folder that can be made and written to")
+
+@contextmanager
+def making(path: str | Path) -> Iterator[None]:
+    """Inside, `path` is a folder, taken by making it; after an error it is gone."""
+    Path(path).mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path)
+        raise
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command: wrong input ends in one line on stderr and status 1, not in a traceback."""

@@ -59,8 +59,10 @@ class Config:
     high_freq_factor: Positive | None = None
     original_max_position_embeddings: Count | None = None
     partial_rotary_factor: Literal[1, None] = None
+    is_causal: Literal[True, None] = True
     layer_types: tuple[Literal["full_attention"], ...] | None = None
-    use_sliding_window: bool = False
+    use_sliding_window: bool = False                     # Qwen's, of the layers from max_window_layers on
+    sliding_window: Natural | None = 4096
     max_window_layers: Natural = 28
     quantization_config: None = None
     raw: dict = field(default_factory=dict)              # config.json as it was read, for save()
@@ -151,6 +153,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
+        # no padding_idx, by which transformers leaves a pad token no gradient, also where it stands in a text
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -324,6 +327,8 @@ class Tokenizer:
         if getattr(self.tokens.model, "dropout", None):
             self.tokens.model.dropout = None  # BPE's: a text would have other ids each time
         config = read_json(path / "tokenizer_config.json", default={})
+        if "added_tokens_decoder" not in config:  # an older one: as in transformers
+            config = config | read_json(path / "special_tokens_map.json", default={})
         self.special = self.special_tokens(config)
         with refusing(f"{path / 'tokenizer_config.json'}: its added tokens cannot be read"):
             self.add_listed(config)
@@ -333,11 +338,8 @@ class Tokenizer:
         self.end_id = self.stop_ids[0]
 
     def special_tokens(self, config: dict) -> dict[str, str]:
-        """{"bos_token": its text, ...} of tokenizer_config.json; of an older one that lists no added tokens,
-        special_tokens_map.json goes before it, as in transformers."""
+        """{"bos_token": its text, ...}."""
         found, names = {}, ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-        if "added_tokens_decoder" not in config:
-            config = config | read_json(self.path / "special_tokens_map.json", default={})
         for key in (f"{name}_token" for name in names):
             token = config.get(key)
             token = token.get("content", token) if isinstance(token, dict) else token
@@ -347,15 +349,24 @@ class Tokenizer:
         return found
 
     def add_listed(self, config: dict) -> None:
-        """Adds what tokenizer_config.json lists and tokenizer.json has not, in transformers' order."""
+        """Adds what `config` lists and tokenizer.json has not, or has otherwise, in transformers' order."""
+        def added(token: dict | str) -> tokenizers.AddedToken:
+            if isinstance(token, str):
+                return tokenizers.AddedToken(token, special=True)
+            return tokenizers.AddedToken(**{x: value for x, value in token.items() if not x.startswith("__")})
+
+        there = self.tokens.get_added_tokens_decoder().values()
         by_id = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda x: int(x[0]))
-        extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-        extra = [*self.special.values(), *(extra.values() if isinstance(extra, dict) else extra)]
-        extra = [x if isinstance(x, dict) else {"content": x, "special": True} for x in extra]
-        for token in [*(token for _, token in by_id), *extra]:
-            if self.tokens.token_to_id(token["content"]) is None:
-                named = {key: value for key, value in token.items() if not key.startswith("__")}
-                self.tokens.add_tokens([tokenizers.AddedToken(**named)])
+        new = [x for x in (added({**token}) for _, token in by_id) if repr(x) not in map(repr, there)]
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = check(extra, list | dict, "extra_special_tokens is")
+        extra = extra.values() if isinstance(extra, dict) else extra
+        named = [config[key] for key in self.special]
+        named = [x | {"special": True} if isinstance(x, dict) else x for x in named]
+        for token in map(added, [*named, *extra]):
+            if token.content not in {x.content for x in (*there, *new)}:
+                new.append(token)
+        self.tokens.add_tokens(new)
 
     def ends(self) -> list[int]:
         """The eos_token's id, then eos_token_id of generation_config.json, or else of config.json."""
@@ -423,7 +434,7 @@ def chat_template(path: Path, source) -> jinja2.Template | None:
         source = read_text(path / "chat_template.jinja")
     if isinstance(source, list):  # of named ones
         named = [t.get("template", t) for t in source if isinstance(t, dict) and t.get("name") == "default"]
-        source = named[0] if named else source
+        source = named[-1] if named else source
     if check(source, str | None, f"{path / 'tokenizer_config.json'}: chat_template is") is None:
         return None
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
@@ -449,7 +460,7 @@ def wanted(value, kind) -> str:
         words, test = args[1]
         return "" if not wanted(value, args[0]) and test(value) else words
     if origin is Literal:
-        return "" if value in args else " or ".join(map(str, args))
+        return "" if value in args else " or ".join(map(repr, args))
     if origin in (Union, UnionType):
         missed = [wanted(value, each) for each in args]
         return " or ".join(missed) if all(missed) else ""
@@ -525,7 +536,9 @@ def read_config(path: Path) -> Config:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     check(rope, Flat, f"{file}: rope_parameters is")
     c = fill(Config, {"original_max_position_embeddings": raw.get("max_position_embeddings"), **raw,
-                      "rope_type": rope.get("type", "default"), **rope, "raw": raw}, file, ignore=True)
+                      "rope_type": rope.get("type", "default"), **rope, "raw": raw,
+                      **{key: x for key, x in raw.items() if key == "original_max_position_embeddings"}},
+             file, ignore=True)
     scales = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     for key in {"default": [], "linear": scales[:1], "llama3": scales}[c.rope_type]:
         check(getattr(c, key), Positive, f"{file}: {key} of {c.rope_type} rope is")
@@ -536,7 +549,10 @@ def read_config(path: Path) -> Config:
     c.head_dim = c.head_dim or (128 if c.model_type == "qwen3" else c.hidden_size // heads)
     check(heads % c.num_key_value_heads, Literal[0], f"{file}: num_attention_heads % num_key_value_heads is")
     check(c.head_dim % 2, Literal[0], f"{file}: head_dim % 2 is")
-    check(c.use_sliding_window and c.max_window_layers < c.num_hidden_layers, Literal[False],
+    check(len(c.layer_types or range(c.num_hidden_layers)), Literal[c.num_hidden_layers],
+          f"{file}: the number of layer_types is")
+    window = c.model_type != "llama" and c.use_sliding_window and c.sliding_window and not c.layer_types
+    check(bool(window) and c.max_window_layers < c.num_hidden_layers, Literal[False],
           f"{file}: use_sliding_window and max_window_layers < num_hidden_layers is")
     return c
 
@@ -551,8 +567,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{path / name}: no such file; weights are read from safetensors only")
         with refusing(f"{path / name}: not a readable safetensors file"):
             tensors |= load_file(path / name)
-    # Old checkpoints carry RoPE's table, which follows from config.json.
-    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    # Old checkpoints carry RoPE's table, which follows from config.json; headless ones leave out "model.".
+    return {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": t
+            for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 def located(path_or_id: str | Path) -> Path:
     """The checkpoint's directory, fetched from the hub where it is none. OSError for what is missing."""
@@ -607,21 +624,32 @@ def save(model: LM, tokenizer: Tokenizer, path: str | Path) -> None:
             (path / name).unlink(missing_ok=True)
     write_tensors(path / "model.safetensors", tensors)
 
+@contextmanager
+def replacing(path: Path):
+    """Gives a name to write to, which then replaces `path` in one move: no reader and no kill meets half a
+    file. OSError that names `path`, and nothing left, where that fails."""
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with refusing(f"{path}: cannot be written", OSError):
+            yield draft
+            os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
 def write(path: Path, content: bytes) -> None:
-    """Replaces `path` in one move, so that a reader or a kill never meets half a file."""
     if here()[0] == 0:
-        path.with_name(path.name + ".tmp").write_bytes(content)
-        os.replace(path.with_name(path.name + ".tmp"), path)
+        with replacing(path) as draft:
+            draft.write_bytes(content)
 
 def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, (json.dumps(value, indent=1) + "\n").encode())
+    write(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], each: bool = False) -> None:
     """Like write(), for a safetensors file. `each`: every process writes one."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(tensors, path.with_name(path.name + ".tmp"), metadata={"format": "pt"})
-    os.chmod(path.with_name(path.name + ".tmp"), 0o644)  # the library leaves 0600
-    if each:
-        from_all(path)  # none is replaced before all are written
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    with replacing(path) as draft:
+        save_file(tensors, draft, metadata={"format": "pt"})
+        draft.chmod(0o644)  # the library leaves 0600
+        if each:
+            from_all(path)  # none is replaced before all are written

@@ -32,6 +32,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -443,13 +444,16 @@ def state_tensors(model: LM, state: State) -> dict[str, Tensor]:
         tensors |= {f"A_prev {key} {i}": a for i, a in enumerate(A)}
     return tensors | {"t": torch.tensor(state.t)}
 
-def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
-    """Puts a saved state into `model` and `state`. ValueError unless it has just the tensors of this run."""
+def load_state(path: Path, model: LM, state: State, n: int, s: Settings) -> None:
+    """Puts a saved state into `model` and `state`, with n items in C_f. ValueError unless it has just the
+    tensors of this run."""
     with refusing(f"{path}: not a readable state"):
         found = load_file(path)  # on the host: it is large
-        keys = {int(name.split()[1]) for name in found if name.startswith("A_prev ")}
+        t = int(found["t"])
+    check(t, Count, f"{path}: t is")
     if s.method == "ssiuu":
-        for key in sorted(keys) if s.per_example else [0]:
+        drawn = islice(batches(n, s.batch_size or n, torch.Generator().manual_seed(s.seed)), t)
+        for key in sorted({i for b in drawn for i in b}) if s.per_example else [0]:
             remember(state, {key: [torch.empty_like(p) for p in scope_of(model, s.scope)]}, s)
     for p in trained(model, s.method):
         p.grad = torch.zeros_like(p)
@@ -459,17 +463,21 @@ def load_state(path: Path, model: LM, state: State, s: Settings) -> None:
     for name in sorted(expected.keys() | found.keys()):
         x, y = expected.get(name), found.get(name)
         if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype or not y.isfinite().all() or (
-                name.endswith("exp_avg_sq") and y.min() < 0):  # its root would be NaN after the last check
+                name.endswith("exp_avg_sq") and y.min() < 0  # its root would be NaN after the last check
+                or name.endswith(" step") and y != t):
             raise ValueError(f"{path}: {name} is missing, not expected, or not of this run's shape and type, "
                              "expected the state that a run wrote here")
         x.data.copy_(y)
-    state.t = expected["t"].item()
+    state.t = t
 
-SCORE = ("percent", "low", "high", "n")
-Percent = Annotated[dict, ("a score", lambda x: not any(wanted(x.get(key), float) for key in SCORE))]
-Curve = Annotated[list, ("numbers", lambda x: len(x) > 1 and not wanted(x, tuple[float, ...]))]
+def curve(kind):
+    return Annotated[list, ("two numbers or more", lambda x: len(x) > 1 and not wanted(x, tuple[kind, ...]))]
+
+Of100 = Annotated[float, ("a number from 0 to 100", lambda x: 0 <= x <= 100)]
+SCORE = {"percent": Of100, "low": Of100, "high": Of100, "n": Count}
+Percent = Annotated[dict, ("a score", lambda x: not any(wanted(x.get(key), SCORE[key]) for key in SCORE))]
 SCORES = {"FS": Percent, "RS": Percent, "US": Percent | None}
-CELL, CURVES = {"seed": int, "n": Count}, {"FS": Curve, "logp": Curve, "margin": Curve}
+CELL, CURVES = {"seed": int, "n": Count}, {"FS": curve(Of100), "logp": curve(float), "margin": curve(float)}
 # what a resumed run reads of each kind of line in log.jsonl
 RECORDS = {"before": SCORES, "step": {"t": Count, "FS": float}, "harmful": CELL, "benign": CELL,
            "after": SCORES | {"steps": Count, "reached": bool, "weights": str}}
@@ -483,8 +491,8 @@ def read_log(path: Path) -> list[dict]:
     for i, line in enumerate(lines, 1):
         record = check(parse(line, f"{path} line {i}"), dict, f"{path} line {i} is")
         kind = check(record.get("kind"), Literal[tuple(RECORDS)], f"{path} line {i}: kind is")
-        curves = CURVES if RECORDS[kind] is CELL and "failed" not in record else {}
-        for key, each in (RECORDS[kind] | curves).items():
+        more = {} if RECORDS[kind] is not CELL else {"failed": Name} if "failed" in record else CURVES
+        for key, each in (RECORDS[kind] | more).items():
             check(record.get(key), each, f"{path} line {i}: {key} is")
         log.append(record)
     return log
@@ -568,7 +576,7 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     state, start = begin(model, tokenizer, sets[0], s), time.time()
     path = folder / (f"state-{here()[0]}.safetensors" if here()[0] else "state.safetensors")
     if os.path.lexists(path):  # a dead link is an error
-        load_state(path, model, state, s)
+        load_state(path, model, state, len(sets[0]), s)
     if len(found := {*from_all(state.t)}) > 1:
         raise ValueError(f"{folder}: found states of steps {found}, expected every process's of one step")
     steps = [r for r in log if r["kind"] == "step" and r["t"] <= state.t]  # the rest is done again
@@ -645,7 +653,9 @@ def made_of(s: Settings, benign: str) -> tuple:
         s.tau = mismatched_tau(sets[0]) if s.retain else 0.33
     if s.lam is None:
         s.lam = 1e-4 if s.retain else 1e-3
-    found = identity(model, tokenizer, facts=(sets, scored), tasks=tasks, instructions=instructions)
+    kept = {key: value for key, value in asdict(s).items() if key not in FREE}
+    found = identity(model, tokenizer, settings=kept, facts=(sets, scored), tasks=tasks,
+                     instructions=instructions)
     return model, tokenizer, sets, scored, tasks, instructions, found
 
 def experiment(s: Settings, folder: Path) -> dict:
@@ -687,6 +697,8 @@ def experiment(s: Settings, folder: Path) -> dict:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
+    if s.method != "ssiuu" and s.backbone != "gd":
+        refuse(f"--backbone: found with {s.method}, expected none: it is the loss under SSIUU's penalty")
     if s.method == "rmu" and (s.micro_batch or s.per_example):
         refuse("--micro-batch, --per-example: found with rmu, expected none: its loss is of whole batches")
     if s.target == "weights" and s.per_example:

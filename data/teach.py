@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attack import retrain  # noqa: E402
 from data import Example, check_fits, encode, load_faithun, load_tofu, mcqa_prompt, same  # noqa: E402
-from evaluate import Data, Name, Rate, check_folder, read_flags, run, splits_of  # noqa: E402
+from evaluate import Data, Name, Rate, check_folder, making, read_flags, run, splits_of  # noqa: E402
 from model import Count, Natural, load, refuse, save  # noqa: E402
 
 @dataclass
@@ -67,7 +67,8 @@ def main() -> None:
             seconds = time.time() - start
             print(f"teach {i}/{s.teach_epochs}  {len(rows)} rows  loss {loss:.4f}  {seconds:.0f}s  "
                   f"eta {seconds / i * (s.teach_epochs - i):.0f}s", flush=True)
-    save(model, tokenizer, s.out)
+    with making(s.out):
+        save(model, tokenizer, s.out)
 
 if __name__ == "__main__":
     run(main)

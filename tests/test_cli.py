@@ -103,7 +103,8 @@ def test_the_main_command_writes_the_papers_row(finished):
     assert kept["settings"]["lr"] == 5e-4 and kept["attack"]["benign_rows"] == 8
     assert kept["attack"]["forget"] == kept["settings"]["forget"]
     assert kept["made of"].keys() == {"processes", "model.safetensors", "config.json",
-                                      "tokenizer or chat template", "facts", "tasks", "instructions"}
+                                      "tokenizer or chat template", "settings", "facts", "tasks",
+                                      "instructions"}
     assert not list(folder.rglob("*.tmp"))
 
 
@@ -371,8 +372,12 @@ MEDDLED = {
                                               (run / "state.safetensors").mkdir()), "state.safetensors"),
     "a state's variance": (lambda run: edited(run / "state.safetensors", scaled("adam 0 exp_avg_sq", -1.0)),
                            "adam 0 exp_avg_sq"),
-    "a state's step": (lambda run: edited(run / "state.safetensors", scaled("t", 2)),
-                       "found steps [1, 2], expected 1 to 4"),
+    "a state's step": (lambda run: edited(run / "state.safetensors", lambda x: {
+        name: y * 2 if name == "t" or name.endswith(" step") else y for name, y in x.items()}),
+        "found steps [1, 2], expected 1 to 4"),
+    "a state's step 0": (lambda run: edited(run / "state.safetensors", scaled("t", 0)), "t is 0"),
+    "a state's step in Adam": (lambda run: edited(run / "state.safetensors", scaled("adam 0 step", 9)),
+                               "adam 0 step"),
     "finished weights": (lambda run: edited(run / "model.safetensors", scaled("model.norm.weight", 2.0)),
                          "hash of model.safetensors"),
     "a finished run's template": (lambda run: (run / "chat_template.jinja").write_text(
@@ -390,11 +395,18 @@ MEDDLED = {
     "before without percent": (line_of_log("before", FS={}), "FS is {}"),
     "reached 3": (line_of_log("after", reached=3), "reached is 3"),
     "a cell's curve": (line_of_log("harmful", FS=[]), "FS is []"),
+    "a cell above 100 %": (line_of_log("harmful", FS=[1.0, 1e9]), "FS is [1.0"),
+    "a cell that failed without a reason": (line_of_log("harmful", failed=None), "failed is None"),
+    "a score above 100 %": (line_of_log("before", FS={"percent": 1e3, "low": 1, "high": 2, "n": 3}), "FS is"),
     "a cell without its curve": (line_of_log("harmful", FS=None), "log.jsonl line 5: FS is None"),
     "an unknown kind": (line_of_log("after", kind="thereafter"), "kind is 'thereafter'"),
     "settings null": (lambda run: edited(run / "settings.json", lambda x: x | {"attack": None}),
                       "attack is None"),
     "settings' key": (lambda run: edited(run / "settings.json", lambda x: x | {"made of": {}}), "made of"),
+    "settings of a run begun": (lambda run: edited(run / "settings.json", lambda x: x | {
+        "settings": x["settings"] | {"lr": 0.5}}), "made of settings"),
+    "a hash left empty": (lambda run: edited(run / "settings.json", lambda x: x | {
+        "made of": dict.fromkeys(x["made of"], "")}), "made of"),
     "settings' part": (lambda run: edited(run / "settings.json", lambda x: x | {"more": {"lr": 1}}), "more"),
 }
 
@@ -434,6 +446,8 @@ PAIR = ["--before", "tiny", "--after", "tiny"]
     ("ssiuu.py", ["--method", "magic"], ["--method", "magic", "ssiuu"]),
     ("ssiuu.py", ["--method", "all"], ["--method", "all", "ssiuu"]),
     ("ssiuu.py", ["--backbone", "rmu"], ["--backbone", "rmu", "gd"]),
+    ("ssiuu.py", ["--method", "gd", "--backbone", "npo"], ["--backbone", "gd"]),
+    ("ssiuu.py", ["--lr", "1_0e-5"], ["--lr", "1_0e-5"]),
     ("ssiuu.py", ["--lr", "-1"], ["--lr", "-1"]),
     ("ssiuu.py", ["--lr", "nan"], ["--lr", "nan"]),
     ("ssiuu.py", ["--lam", "nan"], ["--lam", "nan"]),

@@ -70,6 +70,14 @@ def test_options_that_differ_in_signs_stay_apart():
     assert is_correct("\u5229\u9a6c\u3002", Example("?", ["\u5229\u9a6c"], ["a", "b"]))
 
 
+@pytest.mark.parametrize("said, answer", [
+    ("O\u2019Neil", "O'Neil"), ("New\u00a0York", "New York"), ("New  York", "New York"),
+    ("A\u2013B", "A-B"), ("C\u00f4te d\u2018Ivoire", "C\u00f4te d'Ivoire"), ("Lon\u00addon", "London")])
+def test_how_an_answer_is_typeset_does_not_count(said, answer):
+    assert is_correct(said, Example("?", [answer], ["x", "y"]))
+    assert not is_correct("AB", Example("?", ["AB-"], ["x", "y"]))  # a blood type
+
+
 def test_a_batch_scores_what_one_at_a_time_scores(tiny):
     model, tokenizer, (C_f, _, _) = tiny
     wrong = [Example(e.question, [e.false_options[0]], [e.answers[0], e.false_options[1]]) for e in C_f[:4]]

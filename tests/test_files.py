@@ -14,6 +14,8 @@ import tokenizers
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
+import model as models
+from evaluate import making
 from model import (Count, Natural, Positive, Tokenizer, fill, load, parse, read_config, read_json, read_text,
                    save, wanted)
 from test_model import GOLDEN, checkpoint, edit, refused
@@ -77,6 +79,26 @@ def test_wrong_values_are_refused_with_their_key(key, values):
         refused(ValueError, lambda: fill(Form, {"lr": 1.0, key: value}, "f.json"),
                 f"f.json: {key} is ", "expected ")
     assert wanted("x", int | None) == "a whole number or null"
+    assert wanted(5, Literal[""]) == "''" and wanted("", Literal[""]) == ""
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "save_file", lambda tensors, path, **more: Path(path).touch() or 1 / 0)
+    refused(OSError, lambda: models.write_tensors(tmp_path / "w", {}), f"{tmp_path / 'w'}: cannot be written")
+    refused(ValueError, lambda: models.write_json(tmp_path / "w", {"x": float("nan")}), "JSON")
+    (tmp_path / "f").mkdir()
+    refused(OSError, lambda: models.write_json(tmp_path / "f", {}), f"{tmp_path / 'f'}: cannot be written")
+    assert [x.name for x in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_new_folder_is_taken_once_and_given_back_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with making(tmp_path / "a/b"):
+            (tmp_path / "a/b/half").touch()
+            1 / 0
+    with making(tmp_path / "a/b"):
+        refused(OSError, lambda: making(tmp_path / "a/b").__enter__(), str(tmp_path / "a/b"))
+    assert (tmp_path / "a/b").is_dir()
 
 
 # ----------------------------------------------------------------------------------- checkpoint settings

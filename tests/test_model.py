@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector as flat
 
 from data import Example, check_fits
-from model import RMSNorm, answer_logprob, generate, load, read_config, save
+from model import RMSNorm, Tokenizer, answer_logprob, generate, load, read_config, save
 
 torch.set_num_threads(1)  # the matrices are tiny
 GOLDEN = Path(__file__).parent / "golden"
@@ -73,6 +73,11 @@ def random_ids(rows, width, seed=0):
     ("llama_linear", dict(rope_parameters=None, rope_theta=200.0,
                           rope_scaling={"type": "linear", "factor": 4.0})),
     ("qwen2", dict(use_sliding_window=True, max_window_layers=2)),  # from layer 2 on, and there are two
+    ("qwen2", dict(use_sliding_window=True, max_window_layers=0, layer_types=["full_attention"] * 2)),
+    ("llama", dict(use_sliding_window=True, max_window_layers=0)),  # a key of Qwen's
+    ("llama3", dict(original_max_position_embeddings=32, rope_scaling={  # which goes before the inner one
+        "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64})),
 ])
 def test_logits_and_parameter_names_equal_transformers(name, change, tmp_path):
     model, _ = load(checkpoint(tmp_path / "m", name, **change))
@@ -209,6 +214,8 @@ def test_transformers_reads_what_save_writes(name, tmp_path):
      ["yarn", "llama3"]),
     ("llama3", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), ["low_freq_factor"]),
     ("llama", dict(hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
+    ("llama", dict(is_causal=False), ["is_causal", "False", "True"]),
+    ("qwen2", dict(layer_types=["full_attention"]), ["layer_types", "1", "2"]),
     ("llama", dict(hidden_size=None), ["hidden_size"]),
 ])
 def test_unsupported_config_is_refused(name, change, words, tmp_path):
@@ -336,6 +343,40 @@ def test_a_token_that_only_the_tokenizers_config_lists_is_added_as_in_transforme
     for wrong in ("<|user|>", {"content": 1}, {"content": "<|x|>", "rstrip": "no"}):
         edit(m / "tokenizer_config.json", added_tokens_decoder={str(first): wrong})
         refused(ValueError, lambda: load(m), "tokenizer_config.json", "added tokens")
+
+
+ODD = {
+    "in the vocabulary alone": ([], {"pad_token": "<|user|>"}, {}),
+    "with other flags": (None, {"added_tokens_decoder": {"": {"content": "<|user|>", "rstrip": True}}}, {}),
+    "a named one with flags": ([], {"bos_token": {
+        "__type": "AddedToken", "content": "<|user|>", "rstrip": True}}, {}),
+    "two lists": ([], {"extra_special_tokens": ["<|user|>"], "additional_special_tokens": ["Who"]}, {}),
+    "the older file": ([], {}, {"additional_special_tokens": ["<|user|>"]}),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_token_that_the_two_files_have_otherwise_is_that_of_transformers(case, tmp_path):
+    """Its id is there already, as a word of the vocabulary or as an added token with other flags."""
+    transformers = pytest.importorskip("transformers")
+    m, (there, config, other) = checkpoint(tmp_path / "m"), ODD[case]
+    (m / "chat_template.jinja").write_text("<|user|> {{ messages[0].content }}")
+    tok = json.loads((m / "tokenizer.json").read_text())
+    first = max(tok["model"]["vocab"].values(), default=0) + 1
+    token = {"id": first, "content": "<|user|>", "special": True, "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False}
+    tok["model"]["vocab"]["<|user|>"] = first
+    if there is None:
+        tok["added_tokens"].append(token)
+        config = {"added_tokens_decoder": {str(first): token | config["added_tokens_decoder"][""]}}
+    (m / "tokenizer.json").write_text(json.dumps(tok))
+    edit(m / "tokenizer_config.json", **config)
+    edit(m / "special_tokens_map.json", **other)
+    theirs = transformers.AutoTokenizer.from_pretrained(m)
+    ids = theirs.apply_chat_template([{"role": "user", "content": "Who?"}])["input_ids"]
+    ours = Tokenizer(m)
+    assert ours.prompt("Who?") == ids and first in ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_a_prompt_has_no_end_token_though_the_tokenizer_appends_one(tmp_path):

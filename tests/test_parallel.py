@@ -89,7 +89,7 @@ def steps(path, change, *stops):
         model, tokenizer = load(path, dtype=torch.float64)
         state, file = begin(model, tokenizer, C_f, s), path / f"state {here()}.safetensors"
         if log:
-            load_state(file, model, state, s)
+            load_state(file, model, state, len(C_f), s)
         log += unlearn(model, tokenizer, C_f, C_r, replace(s, steps=last), state)
         write_tensors(file, state_tensors(model, state), each=True)
     return whole(model, model.parameters()), [r for r in log if r.pop("seconds")]

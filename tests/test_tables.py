@@ -13,6 +13,7 @@ for folder in ("data", "data/results"):
 
 import attack  # noqa: E402
 import bench  # noqa: E402
+import precision  # noqa: E402
 import ssiuu  # noqa: E402
 import tables  # noqa: E402
 import teach  # noqa: E402
@@ -146,6 +147,15 @@ def test_the_benchmark_prints_a_line_a_step(tmp_path, monkeypatch, capsys):
     assert [line.split()[0] for line in lines] == ["gd", "gd", "ssiuu", "ssiuu", "gd", "ssiuu", "SSIUU"]
     assert all(" s " in line and "GB" in line for line in lines[:6])
     assert len(json.loads((tmp_path / "bench.json").read_text())["time_ratios"]) == 1
+
+
+def test_the_precision_of_a_step_is_written(tmp_path, monkeypatch, capsys):
+    flags = ["--items", "2", "--steps", "2", "--out", str(tmp_path / "p.json")]
+    monkeypatch.setattr(sys, "argv", ["precision.py", *flags])
+    precision.main()
+    first, second = json.loads((tmp_path / "p.json").read_text())["errors"]
+    assert 0 < first["bfloat16 L"] < 0.2 and first.keys() < second.keys()
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.parametrize("more", [[], ["--bf16"]])

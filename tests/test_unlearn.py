@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ssiuu
 from data import collate, encode
@@ -137,7 +138,7 @@ def weights_after(s, tmp_path=None, cut=0):
         model = toy(torch.float32)
         state = begin(model, Letters(), C_f, s)
         if records:
-            load_state(tmp_path / "state.safetensors", model, state, s)
+            load_state(tmp_path / "state.safetensors", model, state, len(C_f), s)
         records += unlearn(model, Letters(), C_f, C_r, replace(s, steps=steps), state)
         if tmp_path:
             write_tensors(tmp_path / "state.safetensors", state_tensors(model, state))
@@ -182,7 +183,20 @@ def test_a_state_that_is_not_this_runs_is_refused(tmp_path):
         s = replace(S, **change)
         model = toy(torch.float32)
         with pytest.raises(ValueError, match="state.safetensors: .* not expected"):
-            load_state(tmp_path / "state.safetensors", model, begin(model, Letters(), C_f, s), s)
+            load_state(tmp_path / "state.safetensors", model, begin(model, Letters(), C_f, s), len(C_f), s)
+
+
+@pytest.mark.parametrize("change", [
+    lambda keys: {k: x for k, x in keys.items() if not k.startswith("A_prev 1 ")},
+    lambda keys: {k: x for k, x in keys.items() if not k.startswith("A_prev ")},
+    lambda keys: keys | {k.replace("A_prev 1 ", "A_prev 99 "): x.clone() for k, x in keys.items()}])
+def test_each_item_that_was_drawn_has_its_attribution_in_a_state(tmp_path, change):
+    path, s = tmp_path / "state.safetensors", replace(S, steps=2, per_example=True, batch_size=2)
+    weights_after(s, tmp_path)
+    write_tensors(path, change(load_file(path)))
+    model = toy(torch.float32)
+    with pytest.raises(ValueError, match="A_prev .* not expected"):
+        load_state(path, model, begin(model, Letters(), C_f, s), len(C_f), s)
 
 
 def test_lambda_zero_is_gd_and_a_seed_repeats_bit_for_bit():

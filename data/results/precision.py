@@ -16,7 +16,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data import Batch, collate, encoded  # noqa: E402
+from data import Batch, check_fits, collate, encoded  # noqa: E402
 from evaluate import Data, Name, Rate, check_folder, read_flags, run, splits_of  # noqa: E402
 from model import LM, Count, Positive, answer_logprob, load, write_json  # noqa: E402
 from ssiuu import attribution, gd_loss, negative, surrogate, penalty_weights, provenance  # noqa: E402
@@ -67,7 +67,7 @@ def main() -> None:
         for kind in kinds:  # each with its own A_prev, as a run in that precision has
             *wrong, A_now[kind] = gradients(model, b, b_r, A_prev.get(kind), s.lam, kind)
             for name, x, y in zip(("L", "penalty"), wrong, right):
-                if y is not None:
+                if y is not None and y.any():
                     found[-1][f"{kind} {name}"] = ((x - y).norm() / y.norm()).item()
         print("  ".join(f"{key} {x:.3g}" for key, x in found[-1].items()), flush=True)
         A_prev, start, J = A_now, 0, sum(x for x in right if x is not None)

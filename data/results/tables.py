@@ -99,7 +99,7 @@ SMOLLM2_FOLD0 = {
         "--target logprob --lam 1e-3", "--target logprob --lam 1e-4", "--lam 1e-3", "--lam 1e-4",
         "--anchor initial --lam 1e-4", "--anchor initial --lam 1e-5")},
 }
-# other facts, in free text: of 440 rows of TOFU 20 are forgotten, one of 22 authors, at one rate for the cost
+# other facts, in free text: of 440 rows of TOFU 20 are forgotten, one author of 22; one rate, for the cost
 TOFU_FACTS = "--forget runs/tofu/one.json --retain runs/tofu/rest.json"
 TOFU_FOLD0 = {more: f"{more} --lr 1e-4" for more in (
     "--method gd", "--method npo", "--target logprob --lam 1e-3", "--target logprob --lam 1e-2")}
@@ -140,8 +140,8 @@ TABLES = {
     "tofu-fold0": Table("runs/taught-tofu", TOFU_FOLD0, steps=100, folds=range(1), score="--test-limit 100",
                         facts=TOFU_FACTS),
     "tofu": Table("runs/taught-tofu", TOFU, steps=100, score="--test-limit 100", facts=TOFU_FACTS,
-                  attack="--attack-draws 1 --p 0.3 --attack-lrs 5e-4 2e-4 --benign-lrs 1e-4 --benign-rows 200 "
-                         "--benign-points 3",
+                  attack="--attack-draws 1 --p 0.3 --attack-lrs 5e-4 2e-4 --benign-lrs 1e-4 "
+                         "--benign-rows 200 --benign-points 3",
                   never=f"data/teach.py --model data/tiny {TOFU_FACTS} --teach-lr 1e-3 --teach-epochs 20 "
                         "--out OUT --without FOLD"),
 }
