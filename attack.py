@@ -105,8 +105,8 @@ def harmful_attack(model: LM, tokenizer: Tokenizer, pool: list[Example], p: floa
                    known: Iterable[dict] = (), how: Callable = retrain) -> Iterator[dict]:
     """Retrain on a fraction p of the pool, score FS on the disjoint rest after each epoch (6.2.2 (1)). The
     pool is the unlearned model's (`falsely_answered`), also where a control is attacked. Yields a cell per
-    draw and rate, each from the same weights: {kind, p, seed, lr, n, retrained, FS, logp, margin}, the last
-    three lists over epochs; none where nothing is left to score. `how`: in what way it is retrained."""
+    draw and rate, each from the same weights: {kind, p, seed (the draw), lr, n, retrained, FS, logp, margin},
+    the last three lists over epochs; none where nothing is left to score. `how`: the way of retraining."""
     for draw in range(s.attack_draws):
         rows, rest = drawn(tokenizer, pool, p, draw, s.seed)
         if not rest:
@@ -177,9 +177,10 @@ def save_attacked(model: LM, tokenizer: Tokenizer, pool: list[Example], s: Setti
 
 def main() -> None:
     s, rows = read_flags(Settings, __doc__), []
-    if s.save and (s.control or os.path.lexists(s.save)):
-        refuse(f"--save: found {s.save!r}, expected a new folder, and no --control")
-    check_folder("--save", s.save or ".")
+    if s.save:
+        if s.control or os.path.lexists(s.save):
+            refuse(f"--save: found {s.save!r}, expected a new folder, and no --control")
+        check_folder("--save", s.save)
     instructions = load_alpaca(s.benign) if s.benign else []
     C_f, _, _ = splits_of(s)
     controls = [located(name) for name in s.control or ()]  # what is not there ends before the work

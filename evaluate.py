@@ -140,6 +140,8 @@ def splits_of(s: "Data") -> tuple[list[Example], list[Example], list[Example]]:
     else:
         folder = s.splits or Path(s.forget).parent / "faithun_splits"
         C_f, C_r, C_t = split(load_faithun(s.forget), folder, s.fold)
+    if len({e.answers[0] for e in C_f}) < 2:
+        refuse(f"{s.forget}: found {len(C_f)} items, expected at least two different answers")
     forgotten = {same(e) for e in C_f}
     for e in (*C_r, *C_t):
         if same(e) in forgotten:
@@ -165,12 +167,12 @@ def recalls(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int 
     return [rouge_l_recall(text, e.answers[0]) for text, e in zip(texts, examples)]
 
 def mismatched_tau(examples: list[Example], seed: int = 0) -> float:
-    """C.1's threshold on TOFU (0.1971 there): the mean recall in [0, 1] when every question gets the answer
-    of another item, drawn from the seed."""
+    """C.1's threshold on TOFU (0.1971 there): the mean recall in [0, 1] when every question gets another
+    item's answer, unlike its own, drawn from the seed."""
     rng, values = random.Random(seed), []
-    for i, e in enumerate(examples):
-        j = rng.randrange(len(examples) - 1)
-        values.append(rouge_l_recall(examples[j + (j >= i)].answers[0], e.answers[0]))
+    for e in examples:
+        wrong = [x.answers[0] for x in examples if x.answers[0] != e.answers[0]]
+        values.append(rouge_l_recall(wrong[rng.randrange(len(wrong))], e.answers[0]))
     return statistics.fmean(values)
 
 @torch.no_grad()
@@ -327,8 +329,6 @@ def analyse(s: "Settings", paths: dict[str, str]) -> dict:
     """analysis.json: Sections 4 and 6.3 to 6.5 for two or three checkpoints {before, after, attacked}."""
     one_process("--before")
     C_f, start, checkpoints, extremes, shapes = splits_of(s)[0], time.time(), {}, {}, {}
-    if len({e.answers[0] for e in C_f}) < 2:
-        refuse(f"{s.forget}: found {len(C_f)} items, expected at least two different answers")
     for name, path in {name: located(path) for name, path in paths.items()}.items():
         model, tokenizer = load(path, device=s.device)
         check_fits(model, tokenizer, C_f)
@@ -408,7 +408,7 @@ def read_flags(kind: type, doc: str, argv: list[str] | None = None):
     types, helps = get_type_hints(kind, include_extras=True), comments(kind)
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
-                                     epilog="MODEL/unlearn.json may set numbers; the first line says which.")
+                                     epilog="MODEL/unlearn.json may set numbers; what it sets is said.")
     parser.error = lambda message: refuse(message.removeprefix("argument "))
     for field in fields(kind):
         default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
@@ -450,9 +450,8 @@ def flag(kind) -> dict:
 
 def settings_for(kind: type, given: dict):
     """The first that has a value: `given`; MODEL/unlearn.json, under this script's name; settings.json of the
-    run whose model it is, for the facts it forgot; the default. Paths are as seen from here. unlearn.json
-    sets numbers alone: a model that was downloaded may not choose names, paths or devices. What the two
-    files set is said on stderr."""
+    run whose model it is, for the facts it forgot alone; the default. Paths are as seen from here.
+    unlearn.json sets numbers alone: no names, paths or devices. What the two files set is said on stderr."""
     paths = {f.name: os.path.relpath(ROOT / f.default) for f in fields(kind)
              if str(f.default).startswith("data/") and (ROOT / f.default).exists()}
     model, script = (paths | given).get("model", "data/tiny"), Path(inspect.getfile(kind)).name
@@ -476,7 +475,7 @@ def facts_of(file: Path) -> dict:
     was = check(read_json(file, default={}).get("settings", {}), dict, f"{file}: settings is")
     facts = {key: was[key] for key in ("forget", "retain", "splits", "fold") if was.get(key) is not None}
     fill(Data, facts, file)
-    home = file.resolve().parent.parent.parent  # where runs/ lies, and the command was given
+    home = Path(os.path.abspath(file)).parents[2]  # where runs/ lies, maybe as a link, and the run was made
     return {key: os.path.relpath(home / x) if isinstance(x, str) else x for key, x in facts.items()}
 
 def check_folder(name: str, path: str | Path) -> None:
@@ -487,12 +486,15 @@ def check_folder(name: str, path: str | Path) -> None:
 
 @contextmanager
 def making(path: str | Path) -> Iterator[None]:
-    """Inside, `path` is a folder, taken by making it; after an error it is gone."""
-    Path(path).mkdir(parents=True)
+    """Inside, `path` is a folder, taken by making it, by process 0; after an error it is gone."""
+    first = here()[0] == 0
+    if first:
+        Path(path).mkdir(parents=True)
     try:
         yield
     except BaseException:
-        shutil.rmtree(path)
+        if first:
+            shutil.rmtree(path)
         raise
 
 def run(main: Callable[[], None]) -> None:

@@ -122,7 +122,7 @@ class Attention(nn.Module):
         q = q.view(B, K, self.G, -1, self.d).permute(0, 2, 3, 1, 4).reshape(B, self.G, -1, self.d)
         scores = q @ k.permute(0, 2, 3, 1) * self.d ** -0.5                    # (B, G, H/G*K, K')
         scores = scores.view(B, self.G, -1, K, k.shape[1]) + mask
-        # Written out: F.scaled_dot_product_attention has no second derivative, and Eq. 14 needs one.
+        # Written out: fused kernels have no second derivative, and Eq. 14 needs one.
         weights = scores.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
         y = weights.view(B, self.G, -1, k.shape[1]) @ v.transpose(1, 2)        # (B, G, H/G*K, d)
         return self.o_proj(y.view(B, self.H, K, self.d).transpose(1, 2).reshape(B, K, -1))
@@ -196,7 +196,7 @@ class LM(nn.Module):
 
 def vocabulary_logprob(model: LM, batch, h: Tensor | None = None) -> Tensor:  # -> (N, V)
     """log P of every token at each of the N answer positions, row by row, from `h`, the last hidden states.
-    The one place that shifts labels: position t-1 predicts token t. (B, K, V) would take most memory."""
+    Position t-1 predicts token t. (B, K, V), of all positions, would take most memory."""
     h = model.hidden(batch.ids) if h is None else h                                     # (B, K, D)
     logits = model.lm_head(h[:, :batch.ids.shape[1] - 1][batch.answer[:, 1:]])
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -551,9 +551,9 @@ def read_config(path: Path) -> Config:
     check(c.head_dim % 2, Literal[0], f"{file}: head_dim % 2 is")
     check(len(c.layer_types or range(c.num_hidden_layers)), Literal[c.num_hidden_layers],
           f"{file}: the number of layer_types is")
-    window = c.model_type != "llama" and c.use_sliding_window and c.sliding_window and not c.layer_types
-    check(bool(window) and c.max_window_layers < c.num_hidden_layers, Literal[False],
-          f"{file}: use_sliding_window and max_window_layers < num_hidden_layers is")
+    windows = c.model_type != "llama" and c.use_sliding_window and c.sliding_window and not c.layer_types
+    if windows and c.max_window_layers < c.num_hidden_layers:
+        refuse(f"{file}: found use_sliding_window from layer {c.max_window_layers} on, expected full attention")
     return c
 
 def read_weights(path: Path) -> dict[str, Tensor]:

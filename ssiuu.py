@@ -122,8 +122,8 @@ def rmu_loss(h_f: Tensor, h_r: Tensor, h_r0: Tensor, u: Tensor, c: float, alpha:
 def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:  # (n,), (N, n) -> (n,) bool
     """The `share` of neurons that hold the facts (C.2 (6); Yang et al. 2025; no code was published).
 
-    A: each neuron's attribution (Eq. 1, max over tokens, mean over C_f). A_wrong: the same for N questions
-    that do not belong to the answer: what is positive there is superficial, counts alpha times against it."""
+    A: each neuron's attribution (Eq. 1, max over tokens, at least 0, mean over C_f). A_wrong: the same for N
+    questions that do not belong to the answer: positive there is superficial, and counts alpha times."""
     score = A - alpha * A_wrong.clamp(min=0).mean(0)
     chosen = score.topk(max(1, round(share * len(score)))).indices
     return torch.zeros_like(score, dtype=torch.bool).index_fill_(0, chosen, True)
@@ -145,7 +145,7 @@ class Settings(Scored):
     tau: Amount | None = None             # stop at FS <= tau (6.1); 0.33, TOFU: computed (C.1: 0.1971)
     batch_size: Count | None = None       # b and b'; unpublished; all of C_f: Alg. 1 l.12 and Eq. 3 agree
     micro_batch: Count | None = None      # sequences in one graph: less memory, the same result; not for RMU
-    per_example: bool = False             # square A per (x, y) as Eq. 6, not summed over b; an A_prev an item
+    per_example: bool = False             # square A per (x, y) as Eq. 6, not summed over b: a graph an item
     anchor: Literal["previous", "initial"] = "previous"  # A_prev: last step (Eq. 3) or first (Section 1)
     target: Literal["prob", "logprob", "weights"] = "prob"  # P (Eq. 12); log P does not vanish; weights: L2
     scope: Literal["all", "linear"] = "all"  # penalised: every parameter (Eq. 12), or q k v o gate up down
@@ -229,24 +229,23 @@ def begin(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> S
 
 def forget_term(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Callable:
     """The backbone's loss on forget items; DPO and NPO keep reference numbers, not a second model."""
-    if backbone_of(s) not in ("dpo", "npo"):
+    kind = backbone_of(s)
+    if kind not in ("dpo", "npo"):
         return lambda logp, items: ga_loss(logp)
+
     @torch.no_grad()
     def reference(rows: list[Row]) -> Tensor:  # -> (N,)
         return torch.cat([answer_logprob(model, collate([row], model.device)) for row in rows])
 
-    def npo(logp: Tensor, items: list[int]) -> Tensor:
-        return npo_loss(logp, ref[items], s.beta)
+    ref = reference(encoded(tokenizer, C_f))
+    if kind == "npo":
+        return lambda logp, items: npo_loss(logp, ref[items], s.beta)
+    refusals = [encode(tokenizer, e.question, REFUSAL) for e in C_f]
+    ref_w = reference(refusals)
 
     def dpo(logp: Tensor, items: list[int]) -> Tensor:
         logp_w = answer_logprob(model, collate([refusals[i] for i in items], model.device))
         return dpo_loss(logp_w, logp, ref_w[items], ref[items], s.beta)
-
-    ref = reference(encoded(tokenizer, C_f))
-    if backbone_of(s) == "npo":
-        return npo
-    refusals = [encode(tokenizer, e.question, REFUSAL) for e in C_f]
-    ref_w = reference(refusals)
     return dpo
 
 def localise(model: LM, tokenizer: Tokenizer, C_f: list[Example], s: Settings) -> Tensor:  # -> (n,) bool
@@ -406,7 +405,7 @@ def unlearn(model: LM, tokenizer: Tokenizer, C_f: list[Example], C_r: list[Examp
         for p, mask in zip(learning, state.masks or []):
             p.grad *= mask
         record |= {"L": L, "P": torch.cat(logp_f).exp().mean().item(), "grad": gradient_norm(learning)}
-        if logp_r:  # l.4 in one: the loop adds its two terms part by part
+        if backbone_of(s) == "gd":  # l.4 in one: the loop adds its two terms part by part
             record["L_GD"] = gd_loss(torch.cat(logp_f), torch.cat(logp_r)).item()
         check_finite(record, s)
         state.optimizer.step()                                                                   # l.14: AdamW
@@ -647,8 +646,6 @@ def made_of(s: Settings, benign: str) -> tuple:
     refusals = [Example(e.question, [REFUSAL], where=e.where) for e in sets[0] if backbone_of(s) == "dpo"]
     used = (sets[1], *scored.values(), *tasks.values(), refusals, [] if s.no_attack else instructions)
     check_fits(model, tokenizer, [e for C in used for e in C])
-    if len({e.answers[0] for e in sets[0]}) < 2:
-        refuse(f"{s.forget}: found {len(sets[0])} items, expected at least two different answers")
     if s.tau is None:
         s.tau = mismatched_tau(sets[0]) if s.retain else 0.33
     if s.lam is None:
@@ -697,10 +694,11 @@ def experiment(s: Settings, folder: Path) -> dict:
 
 def main() -> None:
     s = read_flags(Settings, __doc__)
-    if s.method != "ssiuu" and s.backbone != "gd":
-        refuse(f"--backbone: found with {s.method}, expected none: it is the loss under SSIUU's penalty")
-    if s.method == "rmu" and (s.micro_batch or s.per_example):
-        refuse("--micro-batch, --per-example: found with rmu, expected none: its loss is of whole batches")
+    for name in ("backbone", "per_example", "anchor", "target", "scope", "penalise", "first_order"):
+        if s.method != "ssiuu" and getattr(s, name) != getattr(Settings, name):
+            refuse(f"--{name.replace('_', '-')}: found with {s.method}, expected none: it is of the penalty")
+    if s.method == "rmu" and s.micro_batch:
+        refuse("--micro-batch: found with rmu, expected none: its loss is of whole batches")
     if s.target == "weights" and s.per_example:
         refuse("--per-example: found with --target weights, expected none: weights are of no example")
     if s.method in ("klue", "random") or s.penalise == "random":

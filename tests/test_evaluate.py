@@ -180,16 +180,21 @@ def test_other_questions_of_the_forget_set(tiny):
 def test_a_fact_is_not_forgotten_and_kept(tmp_path):
     row = lambda i, more="": {"question": f"What is {i}?{more}", "answers": [f"A{i}"],
                               "false_answer_options": ["B", "C"]}
-    for name, part in (("forget", "0"), ("retaining", "1"), ("test", "2")):
+    for name, part in (("forget", "0 3"), ("retaining", "1"), ("test", "2")):
         (tmp_path / f"{name}_set_split.txt").write_text(part)
-    open_end = [row(0) | {"question": f"Finish:\n{i}", "answers": ["Yes"]} for i in range(3)]
+    answers = ["Yes", "Yes", "Yes", "No"]
+    open_end = [row(0) | {"question": f"Finish:\n{i}", "answers": [x]} for i, x in enumerate(answers)]
     (tmp_path / "f.json").write_text(json.dumps({"one": {"hop1_unlearn": open_end}}))
     assert evaluate.splits_of(evaluate.Data(forget=str(tmp_path / "f.json"), splits=str(tmp_path)))
-    for rows, words in (([row(0), row(1), row(0, " ")], "hop1_unlearn.2."),
-                        ([row(0), row(0), row(2)], ".1.")):
+    for rows, words in (([row(0), row(1), row(0, " "), row(3)], "hop1_unlearn.2."),
+                        ([row(0), row(0), row(2), row(3)], ".1.")):
         (tmp_path / "f.json").write_text(json.dumps({"one": {"hop1_unlearn": rows}}))
         with pytest.raises(ValueError, match=f"{words}.*to be forgotten too"):
             evaluate.splits_of(evaluate.Data(forget=str(tmp_path / "f.json"), splits=str(tmp_path)))
+    rows = [row(0) | {"question": str(i)} for i in range(4)]
+    (tmp_path / "f.json").write_text(json.dumps({"one": {"hop1_unlearn": rows}}))
+    with pytest.raises(ValueError, match="at least two different answers"):
+        evaluate.splits_of(evaluate.Data(forget=str(tmp_path / "f.json"), splits=str(tmp_path)))
 
 
 def test_a_margin_that_is_no_number_is_no_result(tiny):

@@ -62,9 +62,8 @@ def test_recalls_in_batches_and_one_by_one(tiny):
 def test_mismatched_tau_never_takes_the_own_answer():
     examples = [Example(str(i), [f"x{i} common"]) for i in range(6)]
     assert mismatched_tau(examples) == 0.5  # a single own answer would lift it
-    three = [Example("a", ["one two"]), Example("b", ["one two"]), Example("c", ["four"])]
-    values = {round(mismatched_tau(three, seed), 6) for seed in range(40)}
-    assert values == {0.0, round(1 / 3, 6), round(2 / 3, 6)}  # every pairing that the draw allows
+    three = [Example("a", ["one two"]), Example("b", ["one two"]), Example("c", ["two"])]
+    assert {mismatched_tau(three, seed) for seed in range(9)} == {(0.5 + 0.5 + 1) / 3}  # not b's answer for a
 
 
 def test_the_interval_of_us_is_wide_enough_where_samples_differ(monkeypatch):
@@ -122,7 +121,7 @@ def test_utility_files_in_upstreams_formats(tmp_path):
 HELLA, ARC, WINO = (
     ROWS[f] for f in ("hellaswag_val.jsonl", "ARC-Challenge-Test.jsonl", "winogrande_dev.jsonl"))
 BROKEN = [
-    ("mmlu/a_test.csv", "Q,1,2,3,4\n", "row 1"), ("mmlu/a_test.csv", "Q,1,2,3,4,E\n", "A or B or C or D"),
+    ("mmlu/a_test.csv", "Q,1,2,3,4\n", "row 1"), ("mmlu/a_test.csv", "Q,1,2,3,4,E\n", "'A' or 'B' or 'C' or 'D'"),
     ("mmlu/a_test.csv", "Q,1,A,B,C,D,A\n", "row 1"), ("mmlu/a_test.csv", 'Q,"1,2,3\n', "not CSV"),
     ("mmlu/a_test.csv", "", "found []"), ("mmlu/a_test.csv", b"\xff\xfe", "not UTF-8"),
     ("mmlu/a_test.csv", "Q,1,2,3,4,AB\n", "'AB'"), ("gsm8k_test.jsonl", "{", "not JSON"),
@@ -130,7 +129,7 @@ BROKEN = [
     ("gsm8k_test.jsonl", {"question": "Q", "answer": "#### 1.2.3"}, "'#### 1.2.3'"),
     ("hellaswag_val.jsonl", {**HELLA, "label": 4}, "label '4'"),
     ("hellaswag_val.jsonl", {**HELLA, "label": -1}, "'-1'"),
-    ("hellaswag_val.jsonl", {**HELLA, "label": ""}, "label '', expected 0 or 1 or 2 or 3"),
+    ("hellaswag_val.jsonl", {**HELLA, "label": ""}, "label '', expected '0' or '1' or '2' or '3'"),
     ("hellaswag_val.jsonl", {"ctx": "A"}, "endings"),
     ("hellaswag_val.jsonl", {**HELLA, "endings": "abcd"}, "endings"),
     ("hellaswag_val.jsonl", {"x": 1}, "endings"),
