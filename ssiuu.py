@@ -476,25 +476,26 @@ Of100 = Annotated[float, ("a number from 0 to 100", lambda x: 0 <= x <= 100)]
 SCORE = {"percent": Of100, "low": Of100, "high": Of100, "n": Count}
 Percent = Annotated[dict, ("a score", lambda x: not any(wanted(x.get(key), SCORE[key]) for key in SCORE))]
 SCORES = {"FS": Percent, "RS": Percent, "US": Percent | None}
-CELL, CURVES = {"seed": int, "n": Count}, {"FS": curve(Of100), "logp": curve(float), "margin": curve(float)}
-# what a resumed run reads of each kind of line in log.jsonl
-RECORDS = {"before": SCORES, "step": {"t": Count, "FS": float}, "harmful": CELL, "benign": CELL,
+CELL = {"seed": int, "lr": Rate, "n": Count, "retrained": Count}
+CURVES = {"FS": curve(Of100), "logp": curve(float), "margin": curve(float)}
+# what is read of each kind of line in log.jsonl
+RECORDS = {"before": SCORES, "step": {"t": Count, "FS": float}, "harmful": CELL | {"p": Share}, "benign": CELL,
            "after": SCORES | {"steps": Count, "reached": bool, "weights": str}}
 
 def read_log(path: Path) -> list[dict]:
-    """The records of log.jsonl; a last line that a kill cut short is dropped."""
-    *lines, cut = read_text(path).split("\n") if path.is_file() else [""]
-    if cut:
-        write(path, "".join(line + "\n" for line in lines).encode())
-    log = []
+    """The records of log.jsonl, without a last line that a kill cut short."""
+    log, lines = [], read_text(path).split("\n")[:-1] if path.is_file() else []
     for i, line in enumerate(lines, 1):
         record = check(parse(line, f"{path} line {i}"), dict, f"{path} line {i} is")
         kind = check(record.get("kind"), Literal[tuple(RECORDS)], f"{path} line {i}: kind is")
-        more = {} if RECORDS[kind] is not CELL else {"failed": Name} if "failed" in record else CURVES
-        for key, each in (RECORDS[kind] | more).items():
+        more = {"failed": Name} if "failed" in record else CURVES
+        for key, each in (RECORDS[kind] | (more if CELL.items() <= RECORDS[kind].items() else {})).items():
             check(record.get(key), each, f"{path} line {i}: {key} is")
         log.append(record)
     return log
+
+def write_log(folder: Path, log: list[dict]) -> None:
+    write(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log).encode())
 
 def note(folder: Path, log: list[dict], record: dict) -> None:
     log.append(record)
@@ -582,7 +583,7 @@ def train(model: LM, tokenizer: Tokenizer, sets: tuple, s: Settings, folder: Pat
     if (found := [r["t"] for r in steps]) != list(range(1, state.t + 1)):
         raise ValueError(f"{folder}/log.jsonl: found steps {found}, expected 1 to {state.t}")
     log[:] = [r for r in log if r["kind"] == "before"] + steps
-    write(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log).encode())
+    write_log(folder, log)
     first = state.t
     for r in unlearn(model, tokenizer, *sets[:2], s, state):
         note(folder, log, r)
@@ -663,6 +664,8 @@ def experiment(s: Settings, folder: Path) -> dict:
     begun(folder, {"settings": asdict(s), "attack": asdict(attacker), "made of": identities})
     print(f"{folder}: {s.method} on {s.model}, forget {len(sets[0])}, retain {len(sets[1])}, "
           f"test {len(sets[2])}, lr {s.lr:g}, lam {s.lam:g}, tau {s.tau:.4g}", flush=True)
+    if log:
+        write_log(folder, log)  # without what a kill cut short
     done = {r["kind"]: r for r in log}
     before = done.get("before") or {"kind": "before", **scores_of(model, tokenizer, scored, tasks, s)}
     print(f"before  FS {cell(before['FS'])}  RS {cell(before['RS'])}", flush=True)

@@ -49,7 +49,7 @@ def a_run(folder: Path, k: int, **settings) -> str:
                "Benign": wilson(5 * k, 23)}
     after = {"FS": wilson(30, 33), "RS": wilson(60 + k, 464), "retain": wilson(90, 66)}
     write(folder / "result.json", {"settings": settings, "attacks": attacks, "after": after})
-    cells = [{"kind": "step", "t": 1}]
+    cells = [{"kind": "step", "t": 1, "FS": 50}]
     for lr, best in ((1e-5, 10 * k), (1e-4, 20 * k)):
         cells += [a_cell(lr, seed, [99, best + seed, 0]) for seed in (0, 1)]
     write(folder / "log.jsonl", "".join(json.dumps(cell) + "\n" for cell in cells) + '{"kind": "harm')
@@ -146,7 +146,7 @@ def test_another_tools_checkpoint_has_an_analysis_alone(tmp_path, command):
 def test_a_rate_at_which_the_attack_diverges_has_no_point(tmp_path):
     folder = Path(a_run(tmp_path / "a", 1, method="gd"))
     cells = [a_cell(1e-5, 0, [0, 5, 9]), a_cell(1e-2, 0, [0, 7, 3])]
-    failed = a_cell(1.0, 0, []) | {"failed": "loss is nan"}
+    failed = a_cell(0.9, 0, []) | {"failed": "loss is nan"}
     for name in ("FS", "logp", "margin"):
         del failed[name]
     write(folder / "log.jsonl", "".join(json.dumps(cell) + "\n" for cell in (*cells, failed)))
@@ -184,10 +184,10 @@ def test_recovery_names_every_point_without_overlap(tmp_path, command):
             "RS": {"mean": kept, "low": kept - 4, "high": kept + 1, "folds": 10},
             "Harmful p = 0.3": {"mean": back, "low": back - 3, "high": back + 5, "folds": 10}}
     rows["not attacked"] = {"RS": {"mean": 99, "low": 98, "high": 100, "folds": 10}}
-    write(tmp_path / "table.json", {"rows": rows})
+    write(tmp_path / "table.json", {"rows": rows, "rank": {}})
     command("--table", tmp_path / "table.json", "--out", tmp_path)
     assert (tmp_path / "recovery.png").is_file()
-    ax, = figures.figure_recovery(figures.read_table(tmp_path / "table.json")).axes
+    ax, = figures.figure_recovery(figures.read_points(tmp_path / "table.json")).axes
     assert [text.get_text() for text in ax.texts] == list(rows)[:-1]
     boxes = [text.get_window_extent() for text in ax.texts]
     assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
@@ -201,13 +201,15 @@ def test_recovery_names_every_point_without_overlap(tmp_path, command):
 
 def test_one_forget_set_has_a_point_without_interval(tmp_path):
     alone = {"mean": 50, "low": None, "high": None, "folds": 1}
-    write(tmp_path / "table.json", {"rows": {"gd": {"RS": alone, "Harmful p = 0.3": alone}}})
-    row = figures.read_table(tmp_path / "table.json")["gd"]
+    table = {"rows": {"gd": {"RS": alone, "Harmful p = 0.3": alone}}, "rank": {}}
+    write(tmp_path / "table.json", table)
+    row = figures.read_points(tmp_path / "table.json")["gd"]
     assert (row["RS"]["low"], row["RS"]["high"]) == (50, 50)
     assert len(figures.figure_recovery({"gd": row}).axes[0].texts) == 1
-    write(tmp_path / "table.json", {"rows": {"gd": {"RS": alone | {"mean": "x"}, "Harmful p = 0.3": alone}}})
-    with pytest.raises(ValueError, match="table.json, gd, RS: mean is 'x', expected a number"):
-        figures.read_table(tmp_path / "table.json")
+    table["rows"]["gd"]["RS"] = alone | {"mean": "x"}
+    write(tmp_path / "table.json", table)
+    with pytest.raises(ValueError, match="table.json: gd RS mean is 'x', expected a number"):
+        figures.read_points(tmp_path / "table.json")
 
 
 @pytest.mark.parametrize("name, change, message", [
@@ -229,7 +231,8 @@ def test_another_layout_names_the_file(tmp_path, name, change, message):
 
 
 def test_errors_end_in_one_line(tmp_path, command, monkeypatch):
-    write(tmp_path / "table.json", {"rows": {"gd": {"RS": None}}})
+    alone = {"mean": 9, "low": None, "high": None, "folds": 1}
+    write(tmp_path / "table.json", {"rows": {"gd": {"FS": alone}}, "rank": {}})
     for flags, message in (([], "nothing to draw"), (["--what"], "--what"), (["no/such"], "no/such/result"),
                            (["--table", tmp_path / "table.json"], "no row holds")):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):

@@ -121,7 +121,8 @@ def test_utility_files_in_upstreams_formats(tmp_path):
 HELLA, ARC, WINO = (
     ROWS[f] for f in ("hellaswag_val.jsonl", "ARC-Challenge-Test.jsonl", "winogrande_dev.jsonl"))
 BROKEN = [
-    ("mmlu/a_test.csv", "Q,1,2,3,4\n", "row 1"), ("mmlu/a_test.csv", "Q,1,2,3,4,E\n", "'A' or 'B' or 'C' or 'D'"),
+    ("mmlu/a_test.csv", "Q,1,2,3,4\n", "row 1"),
+    ("mmlu/a_test.csv", "Q,1,2,3,4,E\n", "'A' or 'B' or 'C' or 'D'"),
     ("mmlu/a_test.csv", "Q,1,A,B,C,D,A\n", "row 1"), ("mmlu/a_test.csv", 'Q,"1,2,3\n', "not CSV"),
     ("mmlu/a_test.csv", "", "found []"), ("mmlu/a_test.csv", b"\xff\xfe", "not UTF-8"),
     ("mmlu/a_test.csv", "Q,1,2,3,4,AB\n", "'AB'"), ("gsm8k_test.jsonl", "{", "not JSON"),

@@ -23,11 +23,13 @@ try:
 except ImportError:
     Figure = None  # optional: main() says so in one line
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (2, 0)]
 
 from attack import summary  # noqa: E402
 from evaluate import run as run_command  # noqa: E402
-from model import Count, Positive, parse, read_json, read_text, refuse, refusing, wanted  # noqa: E402
+from model import Count, check, read_json, refuse, refusing, wanted  # noqa: E402
+from ssiuu import Percent, read_log  # noqa: E402
+from tables import read_table  # noqa: E402
 
 # Okabe and Ito's colours, and grey; their black stands for the model before unlearning.
 COLOURS = ("#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999")
@@ -53,14 +55,12 @@ def even(words: str, kind):
 
 NUMBERS = tuple[float, ...]
 TRIPLE = Annotated[list, ("[value, low, high]", lambda x: len(x) == 3 and not wanted(x, NUMBERS))]
-SCORE = {"percent": float, "low": float, "high": float, "n": Count}
-Score = holding("a score", SCORE)
-SCORES = tuple[Score, ...]
+SCORES = tuple[Percent, ...]
 MODULES = even("a number a block for each module", each("lists of numbers", NUMBERS))
 MODELS = ("before", "after", "attacked")
 RANKS = even("lists of one length", holding("an object", {"rank": NUMBERS, "max": NUMBERS, "min": NUMBERS}))
 PAIRS = each("max and min of each pair", holding("an object", {"max": TRIPLE, "min": TRIPLE}))
-RESULT = {"settings.method": str, "settings.lam": float | None, "after.RS": Score}
+RESULT = {"settings.method": str, "settings.lam": float | None, "after.RS": Percent}
 ANALYSIS = {"n": Count, "variation.m": Count, "variation.neurons": Count, "variation.D_pos": TRIPLE,
             "variation.D_neg": TRIPLE, "by_module.D_pos": MODULES, "by_module.D_neg": MODULES,
             "variation.curves": even("lists of one length", holding("an object", {
@@ -68,11 +68,8 @@ ANALYSIS = {"n": Count, "variation.m": Count, "variation.neurons": Count, "varia
             "attribution": each("rank, max and min of before, after, attacked", RANKS, MODELS),
             "attribution.before": RANKS, "attribution.after": RANKS, "correlation": PAIRS,
             "checkpoints.before.lens": SCORES, "checkpoints.after.lens": SCORES}
-CAUSAL = holding("m, FS and random_FS", {"m": Count, "FS": Score, "random_FS": Score})
+CAUSAL = holding("m, FS and random_FS", {"m": Count, "FS": Percent, "random_FS": Percent})
 BEYOND = {"n": Count, "causal": tuple[CAUSAL, ...]}
-CELL = {"seed": int, "lr": Positive, "n": Count, "retrained": int, "failed": str | None}
-CURVE = Annotated[list, ("two numbers or more", lambda x: len(x) > 1 and not wanted(x, NUMBERS))]
-CURVES = {"FS": CURVE, "logp": CURVE, "margin": CURVE}
 
 # ------------------------------------------------------------------------------------------- the runs
 
@@ -105,19 +102,6 @@ def read_optional(path: Path, layout: dict, made_by: str) -> dict:
     check_layout(value, layout, path, made_by)
     return value
 
-def read_cells(path: Path) -> list[dict]:
-    """The cells of the retraining attacks."""
-    cells = []
-    lines = read_text(path).split("\n") if path.is_file() else []
-    for i, line in enumerate(lines[:-1], 1):  # what follows the last line break was cut off by a kill
-        cell = parse(line, f"{path} line {i}")
-        if isinstance(cell, dict) and cell.get("kind") in ("harmful", "benign"):
-            layout = CELL if "failed" in cell else CELL | CURVES
-            layout = layout | {"p": Positive} if cell["kind"] == "harmful" else layout
-            check_layout(cell, layout, f"{path} line {i}", "ssiuu.py")
-            cells.append(cell)
-    return cells
-
 def read_run(folder: Path, colour: str, marker: str) -> Run:
     path = folder / "result.json"
     if path.is_file() or not (folder / "analysis.json").is_file():
@@ -130,9 +114,9 @@ def read_run(folder: Path, colour: str, marker: str) -> Run:
     possible = {label: score for label, score in attacks.items()
                 if not (isinstance(score, dict) and "why" in score)}
     for label, score in possible.items():
-        check_layout(score, SCORE, f"{path}, {label}", "ssiuu.py")
+        check(score, Percent, f"{path}: {label} is")
     return Run("", colour, marker, result["settings"], result["after"], possible,
-               read_cells(folder / "log.jsonl"),
+               [r for r in read_log(folder / "log.jsonl") if r["kind"] in ("harmful", "benign")],
                read_optional(folder / "analysis.json", ANALYSIS, "evaluate.py --before --after"),
                read_optional(folder / "beyond.json", BEYOND, "beyond_paper.py"))
 
@@ -471,22 +455,14 @@ def name_point(ax, name: str, point: tuple[float, float], taken: list):
 
 # ---------------------------------------------------------------------------------------- the command
 
-def read_mean(x: dict, where: str) -> dict:
-    layout = {"mean": float, "low": float | None, "high": float | None, "folds": int}
-    check_layout(x, layout, where, "tables.py")
-    if x["folds"] > 1:
-        return x
-    return x | {"low": x["mean"], "high": x["mean"]}  # one forget set has no interval
-
-def read_table(path: Path) -> dict[str, dict]:
-    """The rows of a table that hold both of retention and recovery."""
-    table = read_json(path)
-    check_layout(table, {"rows": dict}, path, "tables.py")
+def read_points(path: Path) -> dict[str, dict]:
+    """The rows of a table that hold both of retention and recovery; one forget set has no interval."""
     points = {}
-    for name, row in table["rows"].items():
-        if isinstance(row, dict) and row.get(RETENTION) and row.get(RECOVERY):
-            points[name] = {column: read_mean(row[column], f"{path}, {name}, {column}")
-                            for column in (RETENTION, RECOVERY)}
+    for name, row in read_table(path)["rows"].items():
+        if RETENTION in row and RECOVERY in row:
+            both = {column: row[column] for column in (RETENTION, RECOVERY)}
+            points[name] = {column: x if x["folds"] > 1 else x | {"low": x["mean"], "high": x["mean"]}
+                            for column, x in both.items()}
     if not points:
         raise ValueError(f"{path}: no row holds {RETENTION} and {RECOVERY}, expected at least one")
     return points
@@ -518,7 +494,7 @@ def main() -> None:
     flags = read_flags()
     if Figure is None:
         raise ValueError("matplotlib is not installed, expected for figures: pip install matplotlib")
-    runs, rows = read_runs(flags.runs), read_table(Path(flags.table)) if flags.table else {}
+    runs, rows = read_runs(flags.runs), read_points(Path(flags.table)) if flags.table else {}
     for name in flags.rows or ():
         if name not in rows:
             refuse(f"--rows: found {name!r}, expected some of {', '.join(map(repr, rows)) or '--table'}")
