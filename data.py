@@ -267,12 +267,16 @@ def normalise(text: str) -> str:
     outer = {c for c in line if unicodedata.category(c) in OUTER and c not in SYMBOLS}
     return line.strip("`" + "".join(outer)) or line
 
-def encode(tokenizer, question: str, answer: str) -> tuple[list[int], list[bool]]:
-    """(ids, answer mask) of prompt + answer + end token."""
-    x, y = tokenizer.prompt(question), tokenizer.answer(answer)
+Row = tuple[list[int], list[bool]]  # one encoded (x, y): its ids, and where those of y are
+
+def row_of(x: list[int], y: list[int]) -> Row:
     return x + y, [False] * len(x) + [True] * len(y)
 
-def encoded(tokenizer, examples: list[Example]) -> list[tuple[list[int], list[bool]]]:
+def encode(tokenizer, question: str, answer: str) -> Row:
+    """Prompt, answer and end token."""
+    return row_of(tokenizer.prompt(question), tokenizer.answer(answer))
+
+def encoded(tokenizer, examples: list[Example]) -> list[Row]:
     """`encode` of each example's question and first answer."""
     return [encode(tokenizer, e.question, e.answers[0]) for e in examples]
 
@@ -295,7 +299,7 @@ def check_fits(model: LM, tokenizer: Tokenizer, examples: list[Example]) -> None
             raise ValueError(f"{e.where}: found {length} tokens with ids up to {last}, expected no more than "
                              f"max_position_embeddings {places} and ids below vocab_size {size}")
 
-def collate(rows: list[tuple[list[int], list[bool]]], device: torch.device | str = "cpu") -> Batch:
+def collate(rows: list[Row], device: torch.device | str = "cpu") -> Batch:
     """Pads on the right with id 0, which nothing reads: causal masking hides it, `answer` leaves it out."""
     width = max(len(ids) for ids, _ in rows)
     return Batch(torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device),

@@ -28,8 +28,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 
-from data import Batch, Example, belongs, check_fits, collate, encoded, load_faithun, load_tofu, load_utility
-from data import mcqa_prompt, normalise, same, split, tofu_split
+from data import Batch, Example, belongs, check_fits, collate, encoded, load_faithun, load_tofu
+from data import load_utility, mcqa_prompt, normalise, row_of, same, split, tofu_split
 from model import LM, Count, Natural, Tokenizer, answer_logprob, check, fill, generate, here, load
 from model import located, one_process, read_json, refuse, refusing, wanted, write_json
 
@@ -180,11 +180,11 @@ def option_scores(model: LM, prompts: list, options: list, size: int = 64) -> li
     """log P(option | prompt) in nats. A prompt is a list of token ids, and has a list of options like it."""
     def scores(rows: list) -> list[float]:
         return answer_logprob(model, collate(rows, model.device)).tolist()
-    rows = [(x + y, [False] * len(x) + [True] * len(y)) for x, part in zip(prompts, options) for y in part]
+    rows = [row_of(x, y) for x, part in zip(prompts, options) for y in part]
     found = iter(in_parts(scores, rows, size, lambda row: len(row[0])))
     return [[next(found) for _ in part] for part in options]
 
-def chosen(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) -> list[bool]:
+def likeliest(model: LM, tokenizer: Tokenizer, examples: list[Example], size: int) -> list[bool]:
     """Per example: has the right option the highest log-probability per UTF-8 byte? A tie is no success."""
     options, hits = [(e.answers[0], *e.false_options) for e in examples], []
     scores = option_scores(model, [tokenizer.raw(e.question) for e in examples],
@@ -210,7 +210,7 @@ def utility(model: LM, tokenizer: Tokenizer, tasks: dict[str, list[Example]], n:
     results = {}
     for name, examples in tasks.items():
         sample = random.Random(f"{seed} {name}").sample(examples, min(n, len(examples)))
-        kind = chosen if sample[0].false_options else solved if name == "gsm8k" else recalls
+        kind = likeliest if sample[0].false_options else solved if name == "gsm8k" else recalls
         results[name] = score(kind(model, tokenizer, sample, size))
     mean = statistics.fmean(task["percent"] for task in results.values())
     return {**wilson(mean, len(results) * min(task["n"] for task in results.values())), "tasks": results}

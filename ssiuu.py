@@ -40,7 +40,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import attack
-from data import Batch, Example, batches, check_fits, collate, encode, encoded, load_alpaca, load_utility
+from data import Batch, Example, Row, batches, check_fits, collate, encode, encoded, load_alpaca
+from data import load_utility
 from evaluate import FFN, ROOT, Amount, Data, Name, Rate, Scored, Share, cell, influence, item_scores
 from evaluate import markdown, mismatched_tau, read_flags, run, scored_sets, scores_of, settings_for
 from evaluate import splits_of
@@ -133,7 +134,6 @@ def klue_mask(A: Tensor, A_wrong: Tensor, alpha: float, share: float) -> Tensor:
 REFUSAL = "I can't answer the question."  # C.2 (3)
 METHODS = ("ssiuu", "ga", "gd", "dpo", "npo", "rmu", "klue", "random")
 RMU_C, KLUE_ALPHA, KLUE_N = 20.0, 10.0, 5  # C.2 (5), (6)
-Row = tuple[list[int], list[bool]]  # one encoded (x, y) of data.encode
 
 @dataclass
 class Settings(Scored):

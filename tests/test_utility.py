@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 import evaluate
 import ssiuu
 from data import Example, load_utility
-from evaluate import (chosen, mismatched_tau, option_scores, recalls, rouge_l_recall, score, solved, utility,
-                      wilson)
+from evaluate import (likeliest, mismatched_tau, option_scores, recalls, rouge_l_recall, score, solved,
+                      utility, wilson)
 from model import answer_logprob, generate, load
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def test_the_interval_of_us_is_wide_enough_where_samples_differ(monkeypatch):
     tasks, held = {name: [Example("Q", ["a"], ["b"])] * n for name, n in (("arc", 8), ("mmlu", 40))}, 0.0
     for right in itertools.product(range(9), range(41)):
         hits = iter([[i < k for i in range(n)] for k, n in zip(right, (8, 40))])
-        monkeypatch.setattr(evaluate, "chosen", lambda *args: next(hits))
+        monkeypatch.setattr(evaluate, "likeliest", lambda *args: next(hits))
         out = utility(None, None, tasks)
         held += (out["low"] <= 50 <= out["high"]) * math.comb(8, right[0]) * math.comb(40, right[1]) / 2 ** 48
     assert 0.95 <= held < 0.999
@@ -214,9 +214,9 @@ def test_the_choice_is_per_byte_and_a_tie_is_no_success(tiny):
     names = "England France Italy Isaac the_long_one_of_these a Müller-Lüdenscheidt".split()
     examples = [Example(f"Question {rng.random()}", [f" {a}"], [f" {b}", f" {c}"])
                 for a, b, c in (rng.sample(names, 3) for _ in range(40))]
-    hits = chosen(model, tokenizer, examples, 7)
+    hits = likeliest(model, tokenizer, examples, 7)
     assert hits == [plain_choice(model, tokenizer, e) for e in examples] and 0 < sum(hits) < 40
-    assert chosen(model, tokenizer, [Example("Q", [" a"], [" a"])], 1) == [False]
+    assert likeliest(model, tokenizer, [Example("Q", [" a"], [" a"])], 1) == [False]
 
 
 def test_the_choice_reads_raw_text_after_the_start_token(monkeypatch):
@@ -226,7 +226,7 @@ def test_the_choice_reads_raw_text_after_the_start_token(monkeypatch):
     seen = []
     # Per byte the right one leads, -1 to -1.5; per character it would be behind, -2 to -1.5.
     monkeypatch.setattr(evaluate, "option_scores", lambda *args: (seen.append(args[1:3]), [[-4.0, -4.5]])[1])
-    assert chosen(model, tokenizer, [Example("A man", [" üü"], [" abc"])], 1) == [True]
+    assert likeliest(model, tokenizer, [Example("A man", [" üü"], [" abc"])], 1) == [True]
     assert seen == [([[tokenizer.end_id, *tokenizer.encode("A man")]],
                      [[tokenizer.encode(" üü"), tokenizer.encode(" abc")]])]
 
@@ -267,7 +267,7 @@ def test_utility_draws_each_tasks_sample_from_the_seed_and_its_name(tiny, monkey
         seen.append(part)
         return [True] * 9
 
-    monkeypatch.setattr(evaluate, "chosen", noted)
+    monkeypatch.setattr(evaluate, "likeliest", noted)
     monkeypatch.setattr(evaluate, "solved", lambda model, tokenizer, part, size: [True])
     out = utility(*tiny, {"arc": examples, "mmlu": examples, "gsm8k": [Example("Q", ["1"])]}, n=9, seed=5)
     key = lambda e: e.question
